@@ -1,0 +1,31 @@
+"""Number formats of weights: numbers in, numbers out, torch only.
+
+A new format is one new instance (or file) and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from .rf8 import RF8, RF8_E5, RF8X, ROUNDINGS, ResidualFloat
+from .scaling import SCALES
+
+
+FORMATS: dict[str, ResidualFloat] = {fmt.name: fmt for fmt in (RF8, RF8X, RF8_E5)}
+
+
+def get_format(name: str | ResidualFloat) -> ResidualFloat:
+    """Return a weight format by its name.
+
+    Args:
+        name: one of `"rf8"`, `"rf8x"`, `"rf8-e5"`; an instance is returned as it is.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if isinstance(name, ResidualFloat):
+        return name
+    if name not in FORMATS:
+        raise ValueError(f"Unknown weight format {name!r}: use one of {', '.join(map(repr, FORMATS))}.")
+    return FORMATS[name]
+
+
+__all__ = ["FORMATS", "ROUNDINGS", "SCALES", "ResidualFloat", "get_format"]
