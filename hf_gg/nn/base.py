@@ -1,0 +1,64 @@
+"""What the modules with a quantized `weight` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..formats import get_format
+
+
+class QuantizedWeight(nn.Module):
+    """A `weight` of uint8 codes [rows, columns] and a frozen float32 `weight_scale` [rows, 1].
+
+    The scale stays in float32 whatever the module is cast to.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    format: str
+    backend: str
+    scale_mode: str
+    rounding: str
+
+    def _make_weight(self, rows: int, columns: int, device, format: str, backend: str, scale: str, rounding: str):
+        self.format = get_format(format).name
+        self.backend = ops.check_backend(backend)
+        self.scale_mode, self.rounding = scale, rounding
+        codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(rows, 1, dtype=torch.float32, device=device), requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as numbers, [rows, columns]; float32 unless `dtype` says otherwise."""
+        return ops.dequantize(self.weight, self.weight_scale, self.format, dtype or torch.float32, self.backend)
+
+    @torch.no_grad()
+    def requantize_(self, weight: torch.Tensor):
+        """Replace codes and scale by those of a float weight [rows, columns], in place.
+
+        Raises:
+            ValueError: another shape, NaN or infinity; the module is then unchanged.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"the new weight must have shape {tuple(self.weight.shape)}, got {tuple(weight.shape)}.")
+        codes, scale = ops.quantize(weight, get_format(self.format), self.scale_mode, self.rounding)
+        self.weight.data.copy_(codes)
+        self.weight_scale.data.copy_(scale)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        kept = self._parameters["weight_scale"]
+        super()._apply(fn, recurse)
+        keep_scale(self, "weight_scale", kept)
+        return self
+
+
+def keep_scale(module: nn.Module, name: str, before: torch.Tensor) -> None:
+    """Undo a cast of a scale by `module.to(dtype)` and the like; a move to another device stays."""
+    scale = module._parameters[name]
+    if scale is not None and scale.dtype != torch.float32:
+        source = scale if before.dtype != torch.float32 or before.is_meta else before
+        kept = source.detach().to(device=scale.device, dtype=torch.float32)
+        module._parameters[name] = nn.Parameter(kept, requires_grad=False)

@@ -1,0 +1,87 @@
+"""An embedding whose table is RF8 codes: only the rows that are looked up are decoded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import ops
+from .base import QuantizedWeight
+
+
+class RF8Embedding(QuantizedWeight, nn.Embedding):
+    """`nn.Embedding` with `weight` as uint8 codes [rows, width] and `weight_scale` float32 [rows, 1].
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: width of a row.
+        padding_idx: kept for the field's interface; codes have no gradient.
+        format: weight format.
+        backend: backend of the operators.
+        scale: scale mode.
+        rounding: rounding.
+        compute_dtype: dtype of the result.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        format: str = "rf8",
+        backend: str = "auto",
+        scale: str = "row",
+        rounding: str = "nearest",
+        compute_dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.compute_dtype = compute_dtype
+        self._make_weight(num_embeddings, embedding_dim, device, format, backend, scale, rounding)
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, device="meta", **kwargs) -> RF8Embedding:
+        """An empty module of the shape of an `nn.Embedding`, on the meta device by default."""
+        return cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            padding_idx=embedding.padding_idx,
+            compute_dtype=embedding.weight.dtype,
+            device=device,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, format="rf8", scale="row", rounding="nearest", backend="auto"):
+        """Quantize an `nn.Embedding`.
+
+        Raises:
+            ValueError: NaN or infinity in the table, unknown format, scale, rounding or backend.
+        """
+        module = cls.like(
+            embedding, embedding.weight.device, format=format, scale=scale, rounding=rounding, backend=backend
+        )
+        return module.requantize_(embedding.weight.detach()).train(embedding.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1)
+        codes, scale = self.weight.index_select(0, rows), self.weight_scale.index_select(0, rows)
+        values = ops.dequantize(codes, scale, self.format, self.compute_dtype, self.backend)
+        return values.view(*input.shape, self.embedding_dim)
+
+    def _apply(self, fn, recurse=True):
+        # the table has no dtype of its own to cast: follow what a float table would have become
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """An `nn.Embedding` with the decoded table."""
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        embedding.weight = nn.Parameter(self.dequantize(dtype or self.compute_dtype))
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Embedding.extra_repr(self)}, format={self.format}"

@@ -1,0 +1,177 @@
+"""Compile the Triton kernels ahead of time, on a machine without a GPU: do they compile, how large, do they spill?
+
+    python -m hf_gg.ops.triton.compile sm_80 sm_90
+
+Not usable in a process that runs Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...formats import FORMATS, get_format
+from . import DTYPES
+from .config import Tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
+
+
+TARGETS = ("sm_80", "sm_90")
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+# One number of rows for each set of tiles: decoding a token, a short prompt, a long one.
+_ROWS = (1, 64, 4096)
+# Arguments that are multiples of 16 in real models; Triton compiles for that as it does at a launch.
+_DIVISIBLE = ("N", "K", "stride_x_m", "stride_grad_m", "stride_codes_batch", "stride_codes_n", "stride_scale_batch")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel compiled for one use: what a launch would specialize on."""
+
+    kernel: str
+    label: str
+    pointers: dict[str, str]
+    tiles: Tiles
+    constants: dict[str, object] = field(default_factory=dict)
+    aligned: bool = True
+
+
+def variants(
+    formats: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = DTYPES, rows: Iterable[int] = _ROWS
+) -> Iterator[Variant]:
+    """Every kernel in every format, dtype and tile size asked for; `None` means all formats."""
+    for name in FORMATS if formats is None else formats:
+        fmt = get_format(name)
+        for dtype in dtypes:
+            label = f"{name}-{str(dtype).removeprefix('torch.')}"
+            pointer = _POINTERS[dtype]
+            codes = {"codes_ptr": "*u8", "scale_ptr": "*fp32"}
+            constants: dict[str, object] = dict(decoding(fmt, torch.float32))
+            del constants["UNSHIFT"]
+            for per_column in (False, True):
+                yield Variant(
+                    "dequantize_kernel",
+                    f"{label}-{'column' if per_column else 'row'}",
+                    {**codes, "out_ptr": pointer},
+                    dequantize_tiles(),
+                    {**constants, "SCALE_PER_COLUMN": per_column, "stride_codes_k": 1, "stride_scale": 1},
+                )
+            constants = {**decoding(fmt, dtype), "UPCAST": False}
+            dense = {**constants, "stride_codes_k": 1, "stride_scale": 1}
+            linear = {**codes, "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": pointer}
+            grad = {**codes, "grad_ptr": pointer, "out_ptr": pointer}
+            for count in rows:
+                tiles = linear_tiles(count, dtype)
+                yield Variant("linear_kernel", f"{label}-{count}", linear, tiles, {**dense, "stride_x_k": 1})
+                tiles = grad_tiles(count, dtype)
+                yield Variant("grad_input_kernel", f"{label}-{count}", grad, tiles, {**dense, "stride_grad_n": 1})
+            # odd sizes, any strides, no bias
+            no_bias = {**constants, "bias_ptr": None}
+            yield Variant("linear_kernel", f"{label}-odd", linear, linear_tiles(64, dtype), no_bias, False)
+            yield Variant("grad_input_kernel", f"{label}-odd", grad, grad_tiles(64, dtype), constants, False)
+
+
+def compile_all(
+    targets: Iterable[str] = TARGETS,
+    formats: Iterable[str] | None = None,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    rows: Iterable[int] = _ROWS,
+) -> dict[str, dict[str, int | str]]:
+    """Compile every kernel to PTX and machine code.
+
+    Args:
+        targets: compute capabilities, such as `"sm_80"`.
+        formats: weight formats, all by default.
+        dtypes: dtypes of x and of the result.
+        rows: numbers of rows of x; the tiles depend on them.
+
+    Returns:
+        By `"target/kernel/format-dtype-use"`: `ptx` (the text), `ptx_bytes`, `cubin_bytes`, `shared_bytes`, `warps`, and
+        where the compiler's tool tells them `registers` a thread and `spill_bytes` a thread (its stack).
+
+    Raises:
+        ValueError: a malformed target, an unknown format.
+        RuntimeError: the process runs Triton's interpreter. Triton's own errors where a kernel does not compile.
+    """
+    from . import kernels
+
+    if kernels.INTERPRETED:
+        raise RuntimeError("Triton's interpreter is on in this process: unset TRITON_INTERPRET to compile kernels.")
+    capabilities = [_capability(target) for target in targets]
+    wanted = tuple(variants(formats, tuple(dtypes), tuple(rows)))
+    return {
+        f"sm_{capability}/{variant.kernel.removesuffix('_kernel')}/{variant.label}": _compile(
+            getattr(kernels, variant.kernel), variant, capability
+        )
+        for capability in capabilities
+        for variant in wanted
+    }
+
+
+def _capability(target: str) -> int:
+    match = re.fullmatch(r"sm_(\d+)", target)
+    if match is None:
+        raise ValueError(f"targets: {target!r} is not a compute capability such as 'sm_90'.")
+    return int(match.group(1))
+
+
+def _compile(kernel, variant: Variant, capability: int) -> dict[str, int | str]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tiles, names = variant.tiles, kernel.arg_names
+    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
+    constants = {**variant.constants, **{name: size for name, size in blocks.items() if name in names}}
+    signature = {name: "constexpr" if name in constants else variant.pointers.get(name, "i32") for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if variant.aligned and (signature[name].startswith("*") or (signature[name] == "i32" and name in _DIVISIBLE))
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    return {
+        "ptx": ptx,
+        "ptx_bytes": len(ptx),
+        "cubin_bytes": len(cubin),
+        "shared_bytes": compiled.metadata.shared,
+        "warps": tiles.warps,
+        **_resources(cubin),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes a thread from the machine code, or nothing where Triton came without the tool."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        try:
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (AttributeError, OSError, RuntimeError, subprocess.CalledProcessError):
+            return {}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(match.group(1)), "spill_bytes": int(match.group(2))} if match else {}
+
+
+def main(arguments: list[str]) -> int:
+    """Print one line a kernel; the arguments are targets, sm_80 and sm_90 by default."""
+    columns = ("ptx_bytes", "cubin_bytes", "shared_bytes", "warps", "registers", "spill_bytes")
+    print(",".join(("kernel", *columns)))
+    for name, facts in compile_all(tuple(arguments) or TARGETS).items():
+        print(",".join([name, *(str(facts.get(column, "")) for column in columns)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""The Triton kernels. Importing this module imports Triton.
+
+A code becomes a float by integer arithmetic in registers, never by a table look-up: its exponent field is rebased to
+the float's, its residual state picks four mantissa bits out of a packed constant. Scales multiply float32 sums, so that
+the operands of a product are the codes' exact values.
+
+Offsets into tensors are 64-bit. Shapes: x and y [M, K] and [M, N], codes [N, K], scale one number a row of codes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+
+@triton.jit
+def _decode(codes, DTYPE: tl.constexpr, FRACTIONS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, BIAS: tl.constexpr):
+    """The values of uint8 codes in DTYPE, exact; BIAS and FRACTIONS as `config.decoding` gives them."""
+    word = codes.to(tl.int32)
+    magnitude = word & 0x7F
+    state = magnitude & ((1 << RESIDUAL_BITS) - 1)
+    fraction = (FRACTIONS >> (state * 4)) & 15
+    exponent = magnitude >> RESIDUAL_BITS
+    if DTYPE == tl.bfloat16:
+        bits = ((word & 0x80) << 8) | ((exponent + (127 - BIAS)) << 7) | (fraction << 3)
+        values = tl.where(magnitude == 0, 0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif DTYPE == tl.float16 and BIAS < 15:
+        bits = ((word & 0x80) << 8) | ((exponent + (15 - BIAS)) << 10) | (fraction << 6)
+        values = tl.where(magnitude == 0, 0, bits).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        # a float16 that needs subnormals comes from float32, too: the conversion is exact
+        bits = ((word & 0x80) << 24) | ((exponent + (127 - BIAS)) << 23) | (fraction << 19)
+        values = tl.where(magnitude == 0, 0, bits).to(tl.float32, bitcast=True).to(DTYPE)
+    return values
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    N,
+    K,
+    stride_codes_batch,
+    stride_codes_n,
+    stride_codes_k,
+    stride_scale_batch,
+    stride_scale,
+    FRACTIONS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[b, n, k] = decode(codes[b, n, k]) * scale, a scale per n or per k; out is contiguous."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_k
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    rows = ((tile // tiles_k) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    columns = ((tile % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    mask = (rows[:, None] < N) & (columns[None, :] < K)
+    source = codes_ptr + batch * stride_codes_batch
+    codes = tl.load(source + rows[:, None] * stride_codes_n + columns[None, :] * stride_codes_k, mask=mask, other=0)
+    scale_ptr += batch * stride_scale_batch
+    if SCALE_PER_COLUMN:
+        scale = tl.load(scale_ptr + columns * stride_scale, mask=columns < K, other=0.0)[None, :]
+    else:
+        scale = tl.load(scale_ptr + rows * stride_scale, mask=rows < N, other=0.0)[:, None]
+    values = _decode(codes, tl.float32, FRACTIONS, RESIDUAL_BITS, BIAS) * scale
+    target = out_ptr + (batch * N + rows[:, None]) * K + columns[None, :]
+    tl.store(target, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_x_m,
+    stride_x_k,
+    stride_codes_n,
+    stride_codes_k,
+    stride_scale,
+    FRACTIONS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    UNSHIFT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = x @ (decode(codes) * scale).T + bias, summed in float32; y is contiguous, bias_ptr may be None.
+
+    The transposed product is formed: decoded codes are the left operand, which a matrix unit can take from registers.
+    UPCAST multiplies in float32 (Triton's interpreter cannot multiply bfloat16).
+    """
+    # programs that share rows of codes run next to each other
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    rows_m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows_n = ((tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    x_rows = x_ptr + rows_m[:, None] * stride_x_m
+    codes_rows = codes_ptr + rows_n[:, None] * stride_codes_n
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        x = tl.load(x_rows + k * stride_x_k, mask=(rows_m[:, None] < M) & (k < K), other=0.0)
+        codes = tl.load(codes_rows + k * stride_codes_k, mask=(rows_n[:, None] < N) & (k < K), other=0)
+        weight = _decode(codes, x_ptr.dtype.element_ty, FRACTIONS, RESIDUAL_BITS, BIAS)
+        if UPCAST:
+            weight = weight.to(tl.float32)
+            x = x.to(tl.float32)
+        total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
+    scale = tl.load(scale_ptr + rows_n * stride_scale, mask=rows_n < N, other=0.0)
+    total = total * UNSHIFT * scale[:, None]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
+    target = y_ptr + rows_m[None, :] * N + rows_n[:, None]
+    tl.store(target, total.to(y_ptr.dtype.element_ty), mask=(rows_m[None, :] < M) & (rows_n[:, None] < N))
+
+
+@triton.jit
+def grad_input_kernel(
+    grad_ptr,
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_grad_m,
+    stride_grad_n,
+    stride_codes_n,
+    stride_codes_k,
+    stride_scale,
+    FRACTIONS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    UNSHIFT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[M, K] = (grad * scale) @ decode(codes), summed in float32; out is contiguous. UPCAST as in `linear_kernel`."""
+    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    rows_m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = ((tl.program_id(0) // tiles_m) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    grad_rows = grad_ptr + rows_m[:, None] * stride_grad_m
+    codes_columns = codes_ptr + columns[None, :] * stride_codes_k
+    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        grad = tl.load(
+            grad_rows + n[None, :] * stride_grad_n, mask=(rows_m[:, None] < M) & (n[None, :] < N), other=0.0
+        ).to(tl.float32)
+        codes = tl.load(
+            codes_columns + n[:, None] * stride_codes_n, mask=(n[:, None] < N) & (columns[None, :] < K), other=0
+        )
+        scale = tl.load(scale_ptr + n * stride_scale, mask=n < N, other=0.0)
+        weight = _decode(codes, DTYPE, FRACTIONS, RESIDUAL_BITS, BIAS)
+        if DTYPE == tl.float16:
+            # Small scales would push float16 into its subnormals: take a power of two out of the tile's scales,
+            # above them all, so that the scaled gradient does not overflow either.
+            largest = tl.max(tl.abs(scale), axis=0)
+            unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0
+            unit = tl.maximum(unit, 1.1754943508222875e-38)
+            scaled = (grad * (scale / unit)[None, :]).to(tl.float16)
+            total += tl.dot(scaled, weight, input_precision="ieee") * unit
+        else:
+            scaled = grad * scale[None, :]
+            if UPCAST:
+                weight = weight.to(tl.float32)
+            else:
+                scaled = scaled.to(DTYPE)
+            total = tl.dot(scaled, weight, total, input_precision="ieee")
+    target = out_ptr + rows_m[:, None] * K + columns[None, :]
+    mask = (rows_m[:, None] < M) & (columns[None, :] < K)
+    tl.store(target, (total * UNSHIFT).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# Whether these kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported), on CPU tensors.
+INTERPRETED = not isinstance(linear_kernel, JITFunction)
