@@ -1,0 +1,232 @@
+"""Codes on their way between files and modules, as Transformers' conversion operations.
+
+In a file, codes are uint8 under the parameter's own name with one more, trailing dimension of size 1: `[out, in, 1]`.
+Where this package is not installed, Transformers then finds a tensor of another shape than the model's and refuses the
+checkpoint, instead of taking codes for weights. A trailing dimension leaves all others where they are, so that shards of
+tensor and expert parallelism are cut from the file as ever, for any width. (Version 1 had plain `[out, in]`.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from .. import ops
+from ..formats import get_format
+from ..nn import RF8Experts
+from ..nn.experts import quantize_experts
+from .selection import code_parameters, weight_names
+
+
+def find_codes(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """(module, name in the module) if the parameter `name` holds codes in the model, else None."""
+    path, _, weight = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    found = f"{weight}_scale" in module._parameters and weight in weight_names(module)
+    return (module, weight) if found else None
+
+
+class Quantize(ConversionOps):
+    """Loading a model in full precision: each weight becomes codes and a scale as soon as it is read."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns=None, target_patterns=None, model=None, **kwargs):
+        result = {}
+        for name, value in input_dict.items():
+            found, value = find_codes(model, name), _only(value)
+            if found is None:
+                result[name] = value
+                continue
+            module, weight = found
+            if not value.is_floating_point() or value.element_size() == 1:
+                raise ValueError(
+                    f"{name} is stored as {value.dtype}: only weights in float16, bfloat16, float32 or float64 can be "
+                    "quantized. Start from the full-precision model."
+                )
+            fmt, parameter = get_format(module.format), module._parameters[weight]
+            experts = isinstance(module, RF8Experts)
+            transposed = module.is_transposed if experts else getattr(module, "fan_in_fan_out", False)
+            reduce = _reduction(parameter, transposed and experts, module.scale_mode)
+            try:
+                if experts:
+                    codes, scale = quantize_experts(value, fmt, module.scale_mode, module.rounding, transposed, reduce)
+                else:
+                    value = value.T if transposed else value
+                    codes, scale = ops.quantize(value, fmt, module.scale_mode, module.rounding, reduce)
+                    scale = scale.expand(codes.shape[0], 1).contiguous()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            result[name], result[f"{name}_scale"] = codes, scale
+        return result
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Pack()
+
+
+class Unpack(ConversionOps):
+    """Loading codes: check them and drop the trailing dimension. Every other tensor passes."""
+
+    def convert(self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs):
+        value = _only(next(iter(input_dict.values())))
+        found = find_codes(model, full_layer_name)
+        if found is not None:
+            module, weight = found
+            if value.dtype != torch.uint8:
+                raise ValueError(
+                    f"{full_layer_name} is stored as {value.dtype}, but by the config it holds {module.format} codes "
+                    "(uint8). If it was left in full precision, list its module in modules_to_not_convert."
+                )
+            if value.ndim == module._parameters[weight].ndim + 1 and value.shape[-1] == 1:
+                value = value.squeeze(-1)
+            get_format(module.format).validate(value, full_layer_name)
+        return {full_layer_name: value}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Pack()
+
+
+class Pack(ConversionOps):
+    """Saving codes: add the trailing dimension."""
+
+    def convert(self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs):
+        value = _only(next(iter(input_dict.values())))
+        found = find_codes(model, full_layer_name)
+        if found is not None and value.ndim == found[0]._parameters[found[1]].ndim:
+            value = value.unsqueeze(-1)
+        return {full_layer_name: value}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Unpack()
+
+
+def _only(value):
+    return value[0] if isinstance(value, list) else value
+
+
+def unpack_conversions(model: nn.Module) -> list[WeightConverter]:
+    """The converters that read codes, and reversed write them: one for each name of a parameter of codes."""
+    names = sorted({weight for _, _, weight in code_parameters(model)})
+    return [WeightConverter([name], [name], [Unpack()]) for name in names]
+
+
+def is_unpack(conversion) -> bool:
+    """Whether a conversion is one of `unpack_conversions`."""
+    return any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
+
+
+def split_conversions(model: nn.Module, conversions: list) -> tuple[list, list]:
+    """The model's own conversions: those that leave quantized parameters alone, and those that build one.
+
+    A merge or split of weights cannot be undone on codes without their scales. So quantized parameters are stored under
+    the model's own names, as they are, and the second kind is not used.
+    """
+    names = [name for name, _, _ in code_parameters(model)]
+    kept, dropped = [], []
+    for conversion in conversions:
+        if is_unpack(conversion):
+            continue
+        builds = isinstance(conversion, WeightConverter) and any(
+            _targets(pattern, names) for pattern in conversion.target_patterns
+        )
+        (dropped if builds else kept).append(conversion)
+    return kept, dropped
+
+
+def _targets(pattern: str, names: list[str]) -> bool:
+    regex = re.compile(pattern.replace(r"\1", ".*").replace("*.", r".*\.") + r"(?!\w)")
+    return any(regex.search(name) for name in names)
+
+
+def _reduction(parameter: torch.Tensor, transposed: bool, scale_mode: str):
+    """How processes agree on a scale when what it covers is split over them; None where it is not.
+
+    Args:
+        parameter: the codes' placeholder, a DTensor under tensor parallelism.
+        transposed: its last two dimensions are [in, out].
+        scale_mode: says what a scale covers.
+    """
+    if not hasattr(parameter, "placements"):
+        return None
+    inputs, outputs = (-2, -1) if transposed else (-1, -2)
+    covered = {inputs} if scale_mode in ("row", "absmax", "pow2") else {inputs, outputs}
+    covered = {dim % parameter.ndim for dim in covered}
+    groups = [
+        parameter.device_mesh.get_group(mesh_dim)
+        for mesh_dim, placement in enumerate(parameter.placements)
+        if hasattr(placement, "dim") and placement.dim % parameter.ndim in covered
+    ]
+    if not groups:
+        return None
+    operations = {"max": torch.distributed.ReduceOp.MAX, "sum": torch.distributed.ReduceOp.SUM}
+
+    def reduce(x: torch.Tensor, operation: str) -> torch.Tensor:
+        x = x.contiguous()
+        for group in groups:
+            torch.distributed.all_reduce(x, op=operations[operation], group=group)
+        return x
+
+    return reduce
+
+
+# What a model in full precision may not hold: somebody quantized it before.
+_NARROW = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+
+
+def check_shards(files: list[str] | None, full_precision: bool) -> None:
+    """Look at the headers of safetensors files before anything is loaded.
+
+    Args:
+        files: the checkpoint's files; others than `.safetensors` are left to their own loader.
+        full_precision: the weights are to be quantized now, so none may be narrower than 16 bits.
+
+    Raises:
+        ValueError: a header that is not one, a file shorter than its header says, a float8 tensor.
+    """
+    for path in files or []:
+        if not str(path).endswith(".safetensors"):
+            continue
+        for name, entry in _read_header(path).items():
+            if full_precision and entry.get("dtype") in _NARROW:
+                raise ValueError(
+                    f"{name} in {os.path.basename(path)} is stored as {entry['dtype']}: the model is quantized already. "
+                    "Start from the full-precision model."
+                )
+
+
+def _read_header(path: str) -> dict[str, dict]:
+    name, size = os.path.basename(path), os.path.getsize(path)
+    damaged = f"{name} is not a readable safetensors file"
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError(f"{damaged}: {size} bytes, shorter than a header. Download or save it again.")
+        length = struct.unpack("<Q", start)[0]
+        if length > size - 8:
+            raise ValueError(f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated.")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{damaged}: the header is no JSON ({error}). Download or save it again.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{damaged}: the header is no table of tensors.")
+    header.pop("__metadata__", None)
+    for tensor, entry in header.items():
+        try:
+            end = int(entry["data_offsets"][1])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
+        if 8 + length + end > size:
+            raise ValueError(f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}.")
+    return header
