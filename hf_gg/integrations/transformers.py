@@ -1,0 +1,437 @@
+"""`GGConfig`, the quantization method `gg` of Transformers, and its quantizer. Importing this module registers both.
+
+    AutoModelForCausalLM.from_pretrained(name, quantization_config=GGConfig())
+
+The quantizer follows Transformers' own: modules are exchanged while the model is on the meta device; every weight becomes
+codes and a scale as soon as it is read; what is saved is what is in memory, so a checkpoint loads without a conversion.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import ops
+from ..formats import get_format
+from ..formats.rf8 import check_rounding
+from ..formats.scaling import check_scale
+from ..nn import RF8Embedding, RF8Experts, RF8Linear
+from ..nn.base import QuantizedWeight
+from . import checkpoint, gguf, saving, selection
+from .report import quantization_report
+
+
+logger = logging.get_logger(__name__)
+
+METHOD = "gg"
+# 1: codes [out, in]; 2: codes [out, in, 1], refused by a Transformers without this package
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+
+
+class GGConfig(QuantizationConfigMixin):
+    """How a model is quantized.
+
+    Args:
+        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`.
+        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
+        rounding: `"nearest"` (default) or `"reference"` (the authors').
+        modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they are,
+            added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own code
+            needs in full precision.
+        quantize_embeddings: quantize the input embeddings as well.
+        quantize_lm_head: quantize the output embeddings as well; where they are tied, both must be asked for.
+        experts: quantize fused experts of mixture-of-experts models.
+        backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any load.
+        dequantize: when loading a quantized checkpoint, give the plain model in full precision.
+        format_version: of the checkpoint; set by the library.
+
+    Raises:
+        ValueError: an unknown value or an unknown key.
+    """
+
+    def __init__(
+        self,
+        weight_format: str | None = None,
+        scale: str = "row",
+        rounding: str = "nearest",
+        modules_to_not_convert: list[str] | None = None,
+        quantize_embeddings: bool = False,
+        quantize_lm_head: bool = False,
+        experts: bool = True,
+        backend: str = "auto",
+        dequantize: bool = False,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ):
+        method = kwargs.pop("quant_method", METHOD)
+        if method != METHOD:
+            raise ValueError(f"GGConfig is the config of quant_method {METHOD!r}, got {method!r}.")
+        if kwargs:
+            known = [name for name in inspect.signature(GGConfig).parameters if name != "kwargs"]
+            unknown = ", ".join(map(repr, sorted(kwargs)))
+            raise ValueError(f"Unknown GGConfig key {unknown}: the keys are {', '.join(known)}.")
+        self.quant_method = METHOD
+        # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
+        self._format_given = weight_format is not None
+        self.weight_format = get_format("rf8" if weight_format is None else weight_format).name
+        check_scale(scale)
+        check_rounding(rounding)
+        ops.check_backend(backend)
+        self.scale, self.rounding, self.backend = scale, rounding, backend
+        if modules_to_not_convert is not None:
+            if isinstance(modules_to_not_convert, str) or not all(isinstance(m, str) for m in modules_to_not_convert):
+                raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}.")
+            modules_to_not_convert = list(modules_to_not_convert)
+        self.modules_to_not_convert = modules_to_not_convert
+        flags = {
+            "quantize_embeddings": quantize_embeddings,
+            "quantize_lm_head": quantize_lm_head,
+            "experts": experts,
+            "dequantize": dequantize,
+        }
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} must be True or False, got {value!r}.")
+        self.quantize_embeddings, self.quantize_lm_head = quantize_embeddings, quantize_lm_head
+        self.experts, self.dequantize = experts, dequantize
+        if format_version not in READABLE_VERSIONS:
+            raise ValueError(
+                f"format_version {format_version!r} is not one that this hf_gg reads "
+                f"({', '.join(map(str, READABLE_VERSIONS))}): the checkpoint was written by a later release; upgrade with "
+                "`pip install -U hf-gg`."
+            )
+        self.format_version = format_version
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a config given at load may change about a quantized checkpoint."""
+        attributes: dict[str, Any] = {"backend": self.backend, "dequantize": self.dequantize}
+        if self._format_given:
+            attributes["_format_wanted"] = self.weight_format
+        return attributes
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written into `config.json`: the properties of the checkpoint."""
+        return {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+
+    def module_options(self) -> dict[str, str]:
+        """Keyword arguments of the quantized modules."""
+        return {
+            "format": self.weight_format,
+            "backend": self.backend,
+            "scale": self.scale,
+            "rounding": self.rounding,
+        }
+
+
+class GGHfQuantizer(HfQuantizer):
+    """Loads models in RF8, from full precision or from codes.
+
+    Attributes:
+        skipped: modules with matrices that were left in full precision, with the reason.
+    """
+
+    requires_calibration = False
+    quantization_config: GGConfig
+    serialized_names = {"weight": ["weight", "weight_scale"]}
+
+    def __init__(self, quantization_config: GGConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        wanted = quantization_config.__dict__.pop("_format_wanted", None)
+        if self.pre_quantized and wanted not in (None, quantization_config.weight_format):
+            raise ValueError(
+                f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: quantizing "
+                "twice loses twice. Quantize the full-precision model, or leave weight_format out."
+            )
+        self.skipped: dict[str, str] = {}
+        self._from_codes = self.pre_quantized
+        self._dropped_conversions: list = []
+        self._gguf: gguf.GgufSource | None = None
+
+    # --- before loading ---
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if not self._from_codes and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "Weights cannot be quantized on their way to disk offload: quantize and save the model first, then load the "
+                "RF8 checkpoint with this device_map."
+            )
+
+    def update_dtype(self, dtype):
+        return self._gguf.update_dtype(dtype) if self._gguf else dtype
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if self._gguf:
+            self._gguf.prepare(model)
+        else:
+            checkpoint.check_shards(checkpoint_files, full_precision=not self._from_codes)
+        chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
+        if not chosen and not self._from_codes:
+            logger.warning(f"No module of {type(model).__name__} was quantized: {_summary(chosen.skipped)}.")
+        self.skipped = chosen.skipped
+        selection.convert_on_meta(model, chosen, self.quantization_config)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        if self._gguf:
+            return self._gguf.conversions(model)
+        if not self._from_codes:
+            return weight_conversions
+        if self.quantization_config.format_version == 1:
+            return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
+        kept, self._dropped_conversions = checkpoint.split_conversions(model, weight_conversions)
+        return kept + checkpoint.unpack_conversions(model)
+
+    def update_parallel_plan(self, model, plan):
+        super().update_parallel_plan(model, plan)
+        update_parallel_plan(model, plan)
+
+    # --- loading ---
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        return not self._from_codes and checkpoint.find_codes(model, param_name) is not None
+
+    def get_quantize_ops(self):
+        return checkpoint.Quantize()
+
+    # Transformers reads a GGUF file through these two
+    def read_header(self, gguf_file: str):
+        self._gguf = gguf.GgufSource(gguf_file)
+        # the file's blocks must reach its converters uncast, which the loader grants to what was quantized before
+        self.pre_quantized = True
+
+    def get_state_dict(self, checkpoint_file: str, model):
+        return self._gguf.state_dict(checkpoint_file, model)
+
+    def get_new_dtype(self, converter, param, dtype):
+        return None if self._gguf else super().get_new_dtype(converter, param, dtype)
+
+    # --- after loading ---
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        self.skipped.update(finish_loading(model))
+        conversions = None if self._gguf else getattr(model, "_weight_conversions", None)
+        _prepare_for_saving(model, self.quantization_config, self, conversions)
+        if self._from_codes and self.quantization_config.dequantize:
+            self._dequantize(model, model.config.dtype)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model):
+        return None, {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model, dtype=None):
+        offloaded = next((name for name, p in model.named_parameters() if p.is_meta), None)
+        if offloaded is not None:
+            raise ValueError(f"{offloaded} is offloaded: load the model without offload to dequantize it.")
+        for name, module in list(selection.quantized_modules(model)):
+            if isinstance(module, RF8Experts):
+                module.restore_(dtype)
+            else:
+                selection.replace_module(model, name, _float_module(module, dtype))
+        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
+        model._weight_conversions = self._dropped_conversions + kept
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for key in [key for key in tied if key.endswith("_scale") and key.removesuffix("_scale") in tied]:
+            del tied[key]
+        model.tie_weights()
+        saving.remove(model)
+        return model
+
+
+def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
+    """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
+
+    Raises:
+        ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
+            the model is then unchanged.
+    """
+    config = GGConfig() if config is None else config
+    if getattr(model, "is_quantized", False) or any(True for _ in selection.quantized_modules(model)):
+        method = getattr(model, "quantization_method", METHOD)
+        raise ValueError(
+            f"The model is quantized already (method {getattr(method, 'value', method)!r}): quantizing twice loses twice. "
+            "Call `model.dequantize()` first, or start from the full-precision model."
+        )
+    chosen = selection.select(model, config, from_checkpoint=False)
+    for name in (*chosen.linears, *chosen.embeddings, *chosen.experts):
+        module = model.get_submodule(name)
+        for weight in RF8Experts.weight_names(module) or ("weight",):
+            _check_quantizable(f"{name}.{weight}", module._parameters[weight])
+    options = config.module_options()
+    with torch.no_grad():
+        for name in chosen.linears:
+            module = RF8Linear.from_linear(model.get_submodule(name), name=name, **options)
+            selection.replace_module(model, name, module)
+        for name in chosen.embeddings:
+            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **options))
+        for name in chosen.experts:
+            RF8Experts.convert_(model.get_submodule(name), **options)
+    selection.mark_quantized(model)
+    if chosen.embeddings:
+        model.tie_weights()
+
+    quantizer = GGHfQuantizer(config, pre_quantized=False)
+    quantizer.skipped = chosen.skipped
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    _prepare_for_saving(model, config, quantizer, conversions)
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, METHOD
+    model.config.quantization_config = config
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module, "_init_weights"):
+            module.config._is_quantized = True
+    return model
+
+
+def update_parallel_plan(model, plan: dict[str, str]) -> None:
+    """Scales of weights that are split over their inputs belong whole to every process; mends a plan in place."""
+    from transformers.distributed.parallel_utils import _get_parameter_plan, replace_layer_number_by_wildcard
+
+    for name, _, _ in selection.code_parameters(model):
+        generic = replace_layer_number_by_wildcard(name)
+        style = _get_parameter_plan(generic, plan)
+        if style is not None and "rowwise" in style:
+            plan[f"{generic}_scale"] = "replicate"
+
+
+@torch.no_grad()
+def finish_loading(model: nn.Module) -> dict[str, str]:
+    """Check what was loaded, freeze scales, and put plain modules where the checkpoint had no weight.
+
+    Returns:
+        The modules that were newly initialized in full precision, with the reason.
+
+    Raises:
+        ValueError: codes without scales or the reverse, scales that are not positive numbers; the tensor is named.
+    """
+    fresh: dict[str, str] = {}
+    for name, module, weight in list(selection.code_parameters(model)):
+        codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]
+        scale.requires_grad_(False)
+        if codes.is_meta or scale.is_meta:
+            continue  # offloaded to disk
+        loaded = [getattr(p, "_is_hf_initialized", False) for p in (codes, scale)]
+        if not any(loaded):
+            if isinstance(module, RF8Experts):
+                raise ValueError(f"{name} is missing from the checkpoint, and experts cannot be made up.")
+            owner = name.rpartition(".")[0]
+            _initialize_fresh(model, owner, module)
+            fresh[owner] = "missing from the checkpoint: newly initialized in full precision"
+            continue
+        if not all(loaded):
+            missing = name if loaded[1] else f"{name}_scale"
+            raise ValueError(
+                f"{missing} is missing from the checkpoint: codes and scales belong together. Download or save it again."
+            )
+        local = scale.to_local() if hasattr(scale, "to_local") else scale
+        if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
+            raise ValueError(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
+    return fresh
+
+
+def _initialize_fresh(model: nn.Module, name: str, module: QuantizedWeight) -> None:
+    """Exchange a module without weights for a plain one, drawn by the model's own initializer."""
+    dtype = getattr(model.config, "dtype", None)
+    if isinstance(module, RF8Embedding):
+        new: nn.Module = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+    elif module.fan_in_fan_out:
+        new = _conv1d(module)
+    else:
+        new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    new = new.to(device=module.weight.device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
+    owner, best = model, -1
+    for path, candidate in model.named_modules():
+        if hasattr(candidate, "_init_weights") and (not path or name.startswith(f"{path}.")) and len(path) > best:
+            owner, best = candidate, len(path)
+    owner._init_weights(new)
+    bias = getattr(module, "bias", None)
+    if bias is not None and getattr(bias, "_is_hf_initialized", False):
+        new.bias = bias
+    selection.replace_module(model, name, new)
+
+
+def _conv1d(module: RF8Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(module.out_features, module.in_features)
+
+
+def _float_module(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The plain module that a quantized one stands for, with decoded weights."""
+    if isinstance(module, RF8Embedding):
+        return module.to_embedding(dtype)
+    linear = module.to_linear(dtype)
+    if not module.fan_in_fan_out:
+        return linear
+    conv = _conv1d(module)
+    conv.weight, conv.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+    return conv.train(module.training)
+
+
+def _prepare_for_saving(model: nn.Module, config: GGConfig, quantizer: GGHfQuantizer, conversions: list | None) -> None:
+    kept, dropped = checkpoint.split_conversions(model, conversions or [])
+    model._weight_conversions = kept + checkpoint.unpack_conversions(model)
+    quantizer._dropped_conversions = dropped or quantizer._dropped_conversions
+    converted = [name for name, _ in selection.quantized_modules(model)]
+    # embeddings and modules that are never converted need no mention
+    skipped = [n for n in quantizer.skipped if selection.kind_of(model.get_submodule(n)) in ("linears", "experts")]
+    config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
+    config.format_version = FORMAT_VERSION
+    saving.install(model)
+
+
+def _check_quantizable(name: str, weight: torch.Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: load the weights first.")
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise ValueError(f"{name} is {weight.dtype}: only weights of 16 bits or more can be quantized.")
+    if weight.numel() and not bool(torch.isfinite(torch.stack([weight.amax(), weight.amin()])).all()):
+        raise ValueError(
+            f"{name} holds NaN or infinity, which no code can represent: repair the model, or list the module in "
+            "modules_to_not_convert."
+        )
+
+
+def _summary(skipped: dict[str, str]) -> str:
+    if not skipped:
+        return "it has no linear layer"
+    name, reason = next(iter(skipped.items()))
+    return f"{name}: {reason}" + (f", and {len(skipped) - 1} more" if len(skipped) > 1 else "")
+
+
+def register() -> None:
+    """Make `gg` a quantization method of Transformers; a second call does nothing."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(GGConfig)
+        auto.register_quantizer(METHOD)(GGHfQuantizer)
+        # the tuple of configs that may change how a quantized checkpoint is loaded
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, GGConfig)
+        gguf.allow_gguf(GGConfig)
+
+
+register()
+
+__all__ = ["GGConfig", "GGHfQuantizer", "quantization_report", "quantize_"]
