@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
@@ -26,15 +28,37 @@ class QuantizeTargets(Quantize):
         return super().convert({names[k]: v for k, v in input_dict.items()}, model=model)
 
 
+class LazyTensor:
+    """A tensor of a GGUF file that is unpacked when it is indexed, as a safetensors slice is read then."""
+
+    def __init__(self, unpack: Callable[[], torch.Tensor], shape: list[int]):
+        self._unpack, self._shape = unpack, shape
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self._unpack()[index]
+
+    def get_shape(self) -> list[int]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+
 class GgufSource:
-    """What Transformers' GGUF quantizer does when it unpacks a file, lent to ours.
+    """What Transformers does to read a GGUF file in full precision, tensor by tensor.
+
+    Transformers has two readers: one that keeps tensors in their blocks until its conversions run, for some architectures,
+    and an older one for the rest, of which the unpacking is put off here until a tensor is asked for. (Architectures whose
+    tensors the older reader merges come from it as a whole, in full precision.)
 
     Args:
         path: the `.gguf` file.
 
+    Attributes:
+        in_blocks: the file's tensors reach the conversions as blocks, and must not be cast before.
+
     Raises:
         ImportError: this Transformers reads GGUF files in another way.
-        ValueError: an architecture that only the older loader knows.
     """
 
     def __init__(self, path: str):
@@ -48,11 +72,7 @@ class GgufSource:
             ) from error
         self._reader = GgufHfQuantizer(GgufConfig(gguf_file=path, dequantize=True))
         self._reader.read_header(path)
-        if not self._reader.supported:
-            raise ValueError(
-                "Transformers reads GGUF files of this architecture with its older loader, which holds the whole model in "
-                "full precision: load and save it without quantization_config, then quantize the saved model."
-            )
+        self.in_blocks: bool = self._reader.supported
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         return self._reader.update_dtype(dtype)
@@ -61,15 +81,48 @@ class GgufSource:
         self._reader._process_model_before_weight_loading(model)
 
     def state_dict(self, path: str, model) -> dict:
-        return self._reader.get_state_dict(path, model)
+        """The file's tensors by name, unpacked one at a time."""
+        lazy = None if self.in_blocks else _lazy_state_dict(path, model)
+        return self._reader.get_state_dict(path, model) if lazy is None else lazy
 
-    def conversions(self, model) -> list:
+    def conversions(self, conversions: list, model) -> list:
         """The file's conversions, each with our quantization as its last step."""
-        conversions = self._reader.update_weight_conversions([], model)
-        for conversion in conversions:
+        conversions = self._reader.update_weight_conversions(conversions, model)
+        for conversion in conversions if self.in_blocks else ():
             if isinstance(conversion, WeightConverter):
                 conversion.operations = [*conversion.operations, QuantizeTargets()]
         return conversions
+
+
+def _lazy_state_dict(path: str, model) -> dict[str, LazyTensor] | None:
+    """Tensors for the older reader's architectures; None for those whose tensors it merges."""
+    from transformers import modeling_gguf_pytorch_utils as older
+
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise ImportError("Loading a GGUF file needs the gguf package: `pip install gguf`.") from error
+    parsed = older.load_gguf_checkpoint(path, return_tensors=False)
+    reader = GGUFReader(path)
+    architecture = str(reader.fields["general.architecture"].contents())
+    kind = older.TENSOR_PROCESSORS.get(architecture, older.TensorProcessor)
+    if kind not in (older.TensorProcessor, older.LlamaTensorProcessor):
+        return None
+    processor = kind(config=parsed.get("config", {}))
+    names = older.get_gguf_hf_weights_map(model, processor)
+
+    def unpack(tensor, name: str) -> torch.Tensor:
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        result = processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
+        return torch.from_numpy(np.array(result.weights))
+
+    return {
+        names[tensor.name]: LazyTensor(
+            functools.partial(unpack, tensor, tensor.name), [int(n) for n in reversed(tensor.shape)]
+        )
+        for tensor in reader.tensors
+        if tensor.name in names
+    }
 
 
 def allow_gguf(config_class: type) -> None:

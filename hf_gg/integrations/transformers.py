@@ -180,7 +180,7 @@ class GGHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, model):
         if self._gguf:
-            return self._gguf.conversions(model)
+            return self._gguf.conversions(weight_conversions, model)
         if not self._from_codes:
             return weight_conversions
         if self.quantization_config.format_version == 1:
@@ -203,20 +203,21 @@ class GGHfQuantizer(HfQuantizer):
     # Transformers reads a GGUF file through these two
     def read_header(self, gguf_file: str):
         self._gguf = gguf.GgufSource(gguf_file)
-        # the file's blocks must reach its converters uncast, which the loader grants to what was quantized before
-        self.pre_quantized = True
+        # blocks must reach the file's converters uncast, which the loader grants to what was quantized before
+        self.pre_quantized = self._gguf.in_blocks
 
     def get_state_dict(self, checkpoint_file: str, model):
         return self._gguf.state_dict(checkpoint_file, model)
 
     def get_new_dtype(self, converter, param, dtype):
-        return None if self._gguf else super().get_new_dtype(converter, param, dtype)
+        return None if self._gguf and self._gguf.in_blocks else super().get_new_dtype(converter, param, dtype)
 
     # --- after loading ---
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.skipped.update(finish_loading(model))
-        conversions = None if self._gguf else getattr(model, "_weight_conversions", None)
+        # a GGUF file's own conversions are not those of the checkpoint to save
+        conversions = None if self._gguf and self._gguf.in_blocks else getattr(model, "_weight_conversions", None)
         _prepare_for_saving(model, self.quantization_config, self, conversions)
         if self._from_codes and self.quantization_config.dequantize:
             self._dequantize(model, model.config.dtype)

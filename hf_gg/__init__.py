@@ -1,0 +1,56 @@
+"""Residual-float (RF8) weights for Hugging Face models.
+
+`import hf_gg` loads the standard library only. The public names below are imported on first use, and the quantization
+method `gg` is registered as soon as Transformers is imported (see `hf_gg.integrations.autoload`).
+"""
+
+from .integrations import autoload as _autoload
+
+
+TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost more than all the rest
+if TYPE_CHECKING:
+    from .formats import get_format as get_format
+    from .integrations.transformers import GGConfig as GGConfig
+    from .integrations.transformers import quantization_report as quantization_report
+    from .integrations.transformers import quantize_ as quantize_
+    from .nn import RF8Experts as RF8Experts
+    from .nn import RF8Linear as RF8Linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GGConfig",
+    "RF8Experts",
+    "RF8Linear",
+    "__version__",
+    "get_format",
+    "quantization_report",
+    "quantize_",
+]
+
+_HOME = {
+    "GGConfig": "hf_gg.integrations.transformers",
+    "RF8Experts": "hf_gg.nn",
+    "RF8Linear": "hf_gg.nn",
+    "get_format": "hf_gg.formats",
+    "quantization_report": "hf_gg.integrations.transformers",
+    "quantize_": "hf_gg.integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Last: where Transformers is already loaded, this registers at once, and what it imports may look at this module.
+_autoload.install_on_import()
