@@ -49,16 +49,22 @@ class QuantizedWeight(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        kept = self._parameters["weight_scale"]
+        kept = self._parameters["weight_scale"].detach()
         super()._apply(fn, recurse)
         keep_scale(self, "weight_scale", kept)
         return self
 
 
 def keep_scale(module: nn.Module, name: str, before: torch.Tensor) -> None:
-    """Undo a cast of a scale by `module.to(dtype)` and the like; a move to another device stays."""
+    """Undo a cast of a scale by `module.to(dtype)` and the like; a move to another device stays.
+
+    Args:
+        module: the module after the cast.
+        name: of the scale.
+        before: the scale's tensor before it (`Module.to` changes a parameter in place).
+    """
     scale = module._parameters[name]
     if scale is not None and scale.dtype != torch.float32:
-        source = scale if before.dtype != torch.float32 or before.is_meta else before
-        kept = source.detach().to(device=scale.device, dtype=torch.float32)
+        source = scale.detach() if before.is_meta else before
+        kept = source.to(device=scale.device, dtype=torch.float32)
         module._parameters[name] = nn.Parameter(kept, requires_grad=False)

@@ -153,7 +153,7 @@ class RF8Experts(nn.Module):
         return y + self._parameters[f"{name}_bias"][expert].to(y.dtype) if self.has_bias else y
 
     def _apply(self, fn, recurse=True):
-        kept = {name: self._parameters[f"{name}_scale"] for name in self.quantized_names}
+        kept = {name: self._parameters[f"{name}_scale"].detach() for name in self.quantized_names}
         super()._apply(fn, recurse)
         for name, scale in kept.items():
             keep_scale(self, f"{name}_scale", scale)

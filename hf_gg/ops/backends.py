@@ -17,9 +17,6 @@ from . import triton as triton_backend
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
 
-# Rows up to which decoding inside the product beats decoding the weight once and calling the library's product.
-_CPU_ROWS = 16
-
 
 def check_backend(name: str) -> str:
     """Return `name`; raise a `ValueError` if there is no such backend."""
@@ -60,7 +57,7 @@ def dequantize(
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
     if backend == "cpu" and scale.shape[-1] == 1 and dtype in cpu.DTYPES:
-        return cpu.dequantize(codes, scale.expand(*codes.shape[:-1], 1), fmt, dtype)
+        return cpu.dequantize(codes, scale, fmt, dtype)
     if backend == "triton":
         return triton_backend.dequantize(codes, scale, fmt, dtype)
     return reference.dequantize(codes, scale, fmt, dtype)
@@ -76,8 +73,8 @@ def linear(
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
     rows = x.reshape(-1, x.shape[-1])
-    if backend == "cpu" and 0 < rows.shape[0] <= _CPU_ROWS and x.dtype in cpu.DTYPES:
-        y = cpu.linear(rows, codes, scale.expand(codes.shape[0], 1), bias, fmt)
+    if backend == "cpu" and x.dtype in cpu.DTYPES:
+        y = cpu.linear(rows, codes, scale, bias, fmt)
     elif backend == "triton":
         y = triton_backend.linear(rows, codes, scale.expand(codes.shape[0], 1), bias, fmt)
     else:
