@@ -1,7 +1,10 @@
 """Scales of quantized weights: which one, and how it is searched.
 
 A residual float has the same relative grid in every octave, so its error repeats when a scale is doubled. A search over
-one octave is therefore complete but for clipping, and starts at the smallest scale that clips nothing.
+one octave is therefore complete but for clipping, and starts at the smallest scale that clips nothing. Its candidates put
+the row's largest weight on each value of the topmost octave in turn: then that weight is exact, and a weight that lies on
+a grid already is found to, so that quantizing what was quantized changes nothing. On real weights these candidates are
+better than as many spread evenly over the octave (MiniLM, RF8: 29.25 dB for 7 against 29.20 for 8; 16 give 29.35).
 """
 
 from __future__ import annotations
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
 
 SCALES = ("row", "absmax", "pow2", "tensor", "tensor-pow2", "unit")
 
-# Candidates of the search in one octave.
-SEARCH_STEPS = 8
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max / 4
 
@@ -37,7 +38,7 @@ def quantize(
     Args:
         fmt: the format.
         weight: floating point, shape [..., rows, columns]; a scale belongs to a row (an output feature).
-        scale: `"row"` (one a row, of 8 candidates in an octave the one with the least squared error), `"absmax"` (the
+        scale: `"row"` (one a row, of the candidates in an octave the one with the least squared error), `"absmax"` (the
             row's largest magnitude becomes the format's), `"pow2"` (the smallest power of two that clips nothing),
             `"tensor"` and `"tensor-pow2"` (the same, one a matrix) or `"unit"` (1; larger weights than the format's
             largest value saturate).
@@ -85,7 +86,7 @@ def quantize(
             errors = _search_errors(fmt, weight, chosen, rounding)
             if reduce is not None:
                 errors = reduce(errors, "sum")
-            chosen = chosen * _factors(chosen.device)[errors.argmin(dim=-1)]
+            chosen = chosen * search_factors(fmt).to(chosen.device)[errors.argmin(dim=-1)]
     chosen = torch.where(peak > 0, chosen.clamp(_TINY, _HUGE), 1.0)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for codes_block, weight_block, scale_block in _blocks(weight.device, codes, weight, chosen):
@@ -99,13 +100,10 @@ def check_scale(scale: str) -> None:
         raise ValueError(f"Unknown scale {scale!r}: use one of {', '.join(map(repr, SCALES))}.")
 
 
-def search_candidates(base: torch.Tensor) -> list[torch.Tensor]:
-    """The scales that a search tries, smallest first: `base · 2^(j/8)`, j = 0…7."""
-    return [(base * factor).clamp(_TINY, _HUGE) for factor in _factors(base.device)]
-
-
-def _factors(device: torch.device) -> torch.Tensor:
-    return torch.exp2(torch.arange(SEARCH_STEPS, dtype=torch.float64) / SEARCH_STEPS).float().to(device)
+def search_factors(fmt: ResidualFloat) -> torch.Tensor:
+    """What the smallest scale that clips nothing is multiplied by in a search, ascending from 1, float32."""
+    mantissas = sorted({m for m in fmt.mantissas if m}, reverse=True)
+    return torch.tensor([mantissas[0] / m for m in mantissas], dtype=torch.float32)
 
 
 def _absmax(weight: torch.Tensor, per_matrix: bool) -> torch.Tensor:
@@ -119,13 +117,15 @@ def _absmax(weight: torch.Tensor, per_matrix: bool) -> torch.Tensor:
 
 
 def _search_errors(fmt: ResidualFloat, weight: torch.Tensor, base: torch.Tensor, rounding: str) -> torch.Tensor:
-    """Squared errors of the candidates, float64 [*base.shape, 8]."""
+    """Squared errors of the candidates, float64 [*base.shape, candidates]."""
     from .rf8 import nearest_value
 
-    errors = torch.zeros(*weight.shape[:-1], SEARCH_STEPS, dtype=torch.float64, device=weight.device)
+    factors = search_factors(fmt).to(weight.device)
+    errors = torch.zeros(*weight.shape[:-1], len(factors), dtype=torch.float64, device=weight.device)
     for errors_block, weight_block, base_block in _blocks(weight.device, errors, weight, base):
         weight_block = weight_block.float()
-        for step, candidate in enumerate(search_candidates(base_block)):
+        for step, factor in enumerate(factors):
+            candidate = (base_block * factor).clamp(_TINY, _HUGE)
             scaled = weight_block / candidate
             value = nearest_value(fmt, scaled) if rounding == "nearest" else fmt.decode(fmt.encode(scaled, rounding))
             errors_block[:, step] = (value * candidate - weight_block).square_().sum(-1, dtype=torch.float64)

@@ -145,9 +145,17 @@ def test_row_search_is_the_best_of_its_candidates(name):
     codes, scales = fmt.quantize(weight)
     best = error(weight, codes, scales, fmt)
     base = weight.abs().amax(-1, keepdim=True) / fmt.max
-    for step in range(8):
-        candidate = base * 2 ** (step / 8)
+    for mantissa in {m for m in fmt.mantissas if m}:
+        candidate = base * (max(fmt.mantissas) / mantissa)
         assert (best <= error(weight, fmt.encode(weight / candidate), candidate, fmt) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantizing_what_was_quantized_changes_nothing(name):
+    fmt = get_format(name)
+    codes, scales = fmt.quantize(heavy_tailed())
+    again, scales_again = fmt.quantize(fmt.decode(codes) * scales)
+    assert torch.allclose(scales_again, scales, rtol=3e-7) and torch.equal(again, codes)
 
 
 def test_stacks_are_quantized_matrix_by_matrix():
