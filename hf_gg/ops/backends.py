@@ -58,7 +58,7 @@ def dequantize(
     backend = resolve(backend, codes.device)
     if backend == "cpu" and scale.shape[-1] == 1 and dtype in cpu.DTYPES:
         return cpu.dequantize(codes, scale, fmt, dtype)
-    if backend == "triton":
+    if backend == "triton" and dtype in triton_backend.DTYPES:
         return triton_backend.dequantize(codes, scale, fmt, dtype)
     return reference.dequantize(codes, scale, fmt, dtype)
 
@@ -75,7 +75,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])
     if backend == "cpu" and x.dtype in cpu.DTYPES:
         y = cpu.linear(rows, codes, scale, bias, fmt)
-    elif backend == "triton":
+    elif backend == "triton" and x.dtype in triton_backend.DTYPES:
         y = triton_backend.linear(rows, codes, scale.expand(codes.shape[0], 1), bias, fmt)
     else:
         weight = dequantize(codes, scale, fmt, x.dtype, backend)
@@ -88,7 +88,7 @@ def linear_grad_input(
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
     rows = grad.reshape(-1, grad.shape[-1])
-    if backend == "triton":
+    if backend == "triton" and grad.dtype in triton_backend.DTYPES:
         out = triton_backend.linear_grad_input(rows, codes, scale.expand(codes.shape[0], 1), fmt)
     else:
         out = rows @ dequantize(codes, scale, fmt, grad.dtype, backend)

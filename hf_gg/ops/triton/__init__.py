@@ -16,6 +16,7 @@ from .config import Tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)
 
 
 def available() -> bool:
@@ -32,6 +33,11 @@ def why_not() -> str | None:
         return f"Triton cannot be imported ({error})"
     if not kernels.INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device (on a CPU, TRITON_INTERPRET=1 runs the kernels slowly, for tests)"
+    if not kernels.INTERPRETED and torch.version.hip is None:
+        capability = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+        if capability < _OLDEST:
+            found, oldest = (".".join(map(str, version)) for version in (capability, _OLDEST))
+            return f"a CUDA device has compute capability {found}, and Triton uses the matrix units from {oldest} on"
     return None
 
 
@@ -186,7 +192,9 @@ def _check_codes(codes: torch.Tensor) -> None:
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"{name}: the Triton kernels take {', '.join(map(str, DTYPES))}, got {dtype}: convert it first.")
+        raise ValueError(
+            f"{name}: the Triton kernels take {', '.join(map(str, DTYPES))}, got {dtype}: convert it first."
+        )
 
 
 def _check_same_device(codes: torch.Tensor, **others: torch.Tensor) -> None:

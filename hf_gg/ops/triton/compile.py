@@ -63,18 +63,17 @@ def variants(
                     {**constants, "SCALE_PER_COLUMN": per_column, "stride_codes_k": 1, "stride_scale": 1},
                 )
             constants = {**decoding(fmt, dtype), "UPCAST": False}
-            dense = {**constants, "stride_codes_k": 1, "stride_scale": 1}
+            constants |= {"stride_codes_k": 1, "stride_scale": 1}
+            of_linear, of_grad = {**constants, "stride_x_k": 1}, {**constants, "stride_grad_n": 1}
             linear = {**codes, "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": pointer}
             grad = {**codes, "grad_ptr": pointer, "out_ptr": pointer}
             for count in rows:
-                tiles = linear_tiles(count, dtype)
-                yield Variant("linear_kernel", f"{label}-{count}", linear, tiles, {**dense, "stride_x_k": 1})
-                tiles = grad_tiles(count, dtype)
-                yield Variant("grad_input_kernel", f"{label}-{count}", grad, tiles, {**dense, "stride_grad_n": 1})
-            # odd sizes, any strides, no bias
-            no_bias = {**constants, "bias_ptr": None}
+                yield Variant("linear_kernel", f"{label}-{count}", linear, linear_tiles(count, dtype), of_linear)
+                yield Variant("grad_input_kernel", f"{label}-{count}", grad, grad_tiles(count, dtype), of_grad)
+            # odd sizes and no bias
+            no_bias = {**of_linear, "bias_ptr": None}
             yield Variant("linear_kernel", f"{label}-odd", linear, linear_tiles(64, dtype), no_bias, False)
-            yield Variant("grad_input_kernel", f"{label}-odd", grad, grad_tiles(64, dtype), constants, False)
+            yield Variant("grad_input_kernel", f"{label}-odd", grad, grad_tiles(64, dtype), of_grad, False)
 
 
 def compile_all(
@@ -92,19 +91,19 @@ def compile_all(
         rows: numbers of rows of x; the tiles depend on them.
 
     Returns:
-        By `"target/kernel/format-dtype-use"`: `ptx` (the text), `ptx_bytes`, `cubin_bytes`, `shared_bytes`, `warps`, and
-        where the compiler's tool tells them `registers` a thread and `spill_bytes` a thread (its stack).
+        By `"target/kernel/format-dtype-use"`: `ptx` (the text), `ptx_bytes`, `cubin_bytes`, `shared_bytes`, `warps`,
+        and where the compiler's tool tells them `registers` a thread and `spill_bytes` a thread (its stack).
 
     Raises:
         ValueError: a malformed target, an unknown format.
         RuntimeError: the process runs Triton's interpreter. Triton's own errors where a kernel does not compile.
     """
+    capabilities = [_capability(target) for target in targets]
+    wanted = tuple(variants(formats, tuple(dtypes), tuple(rows)))
     from . import kernels
 
     if kernels.INTERPRETED:
         raise RuntimeError("Triton's interpreter is on in this process: unset TRITON_INTERPRET to compile kernels.")
-    capabilities = [_capability(target) for target in targets]
-    wanted = tuple(variants(formats, tuple(dtypes), tuple(rows)))
     return {
         f"sm_{capability}/{variant.kernel.removesuffix('_kernel')}/{variant.label}": _compile(
             getattr(kernels, variant.kernel), variant, capability

@@ -1,8 +1,8 @@
 """The Triton kernels. Importing this module imports Triton.
 
 A code becomes a float by integer arithmetic in registers, never by a table look-up: its exponent field is rebased to
-the float's, its residual state picks four mantissa bits out of a packed constant. Scales multiply float32 sums, so that
-the operands of a product are the codes' exact values.
+the float's, its residual state picks four mantissa bits out of a packed constant. Scales multiply float32 sums where
+they can, so that the operands of a product are exact.
 
 Offsets into tensors are 64-bit. Shapes: x and y [M, K] and [M, N], codes [N, K], scale one number a row of codes.
 """
@@ -150,7 +150,7 @@ def grad_input_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[M, K] = (grad * scale) @ decode(codes), summed in float32; out is contiguous. UPCAST as in `linear_kernel`."""
+    """out[M, K] = (grad * scale) @ decode(codes), summed in float32; out is contiguous. UPCAST as above."""
     DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     rows_m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

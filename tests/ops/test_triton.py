@@ -1,0 +1,86 @@
+"""Runs the cases of the Triton kernels, and what a machine without Triton or without a GPU sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_gg.ops import triton
+
+
+CASES = Path(__file__).with_name("triton_cases.py")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    # a worker of pytest-xdist must not make its child believe that it is one, too
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept = {**kept, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([sys.executable, *arguments], env=kept, capture_output=True, text=True, timeout=280)
+
+
+def run_cases(**variables: str) -> str:
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES), **variables)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 100
+    return done.stdout
+
+
+@needs_triton
+def test_under_the_interpreter():
+    # chosen by the environment before Triton is imported, so in a process of its own
+    assert "skipped" not in run_cases(TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_cuda_device():
+    run_cases(TRITON_INTERPRET="0")
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter needs no device")
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "compute capability 7.5"), ((8, 0), None)])
+def test_devices_that_are_too_old(capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device else (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = triton.why_not.__wrapped__()
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("missing", "cannot be imported"), pytest.param("no device", "no CUDA device", marks=needs_triton)],
+)
+def test_without_triton_or_a_device(case, reason):
+    script = """
+        import sys
+        import torch
+        from hf_gg.ops import triton as backend
+
+        assert "hf_gg.ops.triton.kernels" not in sys.modules
+        if sys.argv[1] == "missing":
+            sys.modules["triton"] = None
+        assert not backend.available()
+        print(backend.why_not())
+        try:
+            backend.dequantize(torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1), "rf8", torch.float32)
+        except ValueError as error:
+            assert backend.why_not() in str(error)
+        else:
+            raise SystemExit("no error")
+    """
+    done = run_python("-c", textwrap.dedent(script), case, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout
