@@ -53,4 +53,4 @@ def __dir__() -> list[str]:
 
 
 # Last: where Transformers is already loaded, this registers at once, and what it imports may look at this module.
-_autoload.install_on_import()
+_autoload.on_import()

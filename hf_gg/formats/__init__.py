@@ -23,7 +23,7 @@ def get_format(name: str | ResidualFloat) -> ResidualFloat:
     """
     if isinstance(name, ResidualFloat):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"Unknown weight format {name!r}: use one of {', '.join(map(repr, FORMATS))}.")
     return FORMATS[name]
 

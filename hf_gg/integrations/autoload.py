@@ -1,37 +1,17 @@
 """Registration with Transformers and PEFT without an `import hf_gg` in the user's script.
 
 Neither library looks for plugins, but torch does: at the end of `import torch` it calls every entry point of the group
-`torch.backends`. Ours is `install`. It loads nothing of the user's stack; it leaves a finder on `sys.meta_path` that
-waits until the module which holds a library's registry has been executed, imports our side of it, and goes away when
-nothing is left to wait for. `import hf_gg` does the same, for places without the entry point.
+`torch.backends`. Ours is `install`. It puts a finder on `sys.meta_path` that imports our side of a library right after
+the module with the library's registry has been executed. `import hf_gg` does the same where there is no entry point.
 
-What the hook promises to code that never heard of it:
-
-* It does not raise. A registration that fails becomes one `RuntimeWarning`, and the library's own import goes on.
-* It finds modules through the other finders (editable installs, zip files), and the modules it waited for end up
-  with the loader they would have had without it.
-* `HF_GG_AUTOLOAD=0` switches `install` off, `TORCH_DEVICE_BACKEND_AUTOLOAD=0` all of torch's entry points. An
-  `import hf_gg` written by the user registers in either case.
-* With a Transformers older than 5 nothing is registered: silently when torch called, with a warning when the user
-  imported `hf_gg`.
-
-Registration runs in the middle of other imports (often `transformers.modeling_utils` is only half executed), so our
-side may import at module level only what `transformers.quantizers.auto` itself has already loaded.
-
-This module runs on every `import torch`, also where no bytecode is kept: it is short, it imports nothing that the
-interpreter has not loaded, and what is needed only when a library turns up is in `hf_gg.integrations.post_import`.
+All of this runs inside import statements of code that never heard of it. So it imports nothing that torch has not
+loaded, costs well under 2 ms, and does not raise: a registration that fails becomes one warning.
 """
 
 import os
 import sys
+from threading import get_ident
 
-
-TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost more than this module
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-    from typing import Any
 
 # The module to wait for, and the module whose import registers us. `peft.mapping_func` is the first one to run after
 # all tuners are loaded; the package itself is no use, since it is half imported when it makes torch call `install`.
@@ -45,74 +25,99 @@ SWITCH = "HF_GG_AUTOLOAD"
 class PostImportFinder:
     """Finder that has a registration run right after the module it depends on has been executed.
 
+    It stays on `sys.meta_path` when nothing is left to wait for: taking it off would make an import in another thread,
+    which may be going through that list, skip the next finder.
+
     Attributes:
         hooks: name of the module to wait for -> name of the module to import then; those that have not run yet.
-        explicit: whether the user asked for registration, and so wants to hear why it is impossible.
-        searching: (thread, module name) of the searches under way.
     """
-
-    hf_gg_autoload = True
 
     def __init__(self) -> None:
         self.hooks = dict(HOOKS)
-        self.explicit = False
-        self.searching: set[tuple[int, str]] = set()
+        self._searches: set[tuple[int, str]] = set()
 
-    def find_spec(
-        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
+    def find_spec(self, fullname, path=None, target=None):
         """Finds an awaited module through the other finders and wraps its loader; None for every other module."""
-        if fullname not in self.hooks:
+        search = (get_ident(), fullname)
+        # one of the finders that are asked here may ask all of them in its turn, us included
+        if fullname not in self.hooks or search in self._searches:
             return None
+        self._searches.add(search)
         try:
-            from .post_import import find_hooked_spec
-        except ImportError:  # uninstalled since it was loaded
-            return None
-        return find_hooked_spec(self, fullname, path, target)
+            others = [other for other in sys.meta_path if other is not self and hasattr(other, "find_spec")]
+            specs = (other.find_spec(fullname, path, target) for other in others)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._searches.discard(search)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _HookedLoader(spec.loader, self)  # type: ignore[assignment]
+        return spec
+
+    def run(self, awaited: str) -> None:
+        """Runs the hook of a module, once."""
+        registration = self.hooks.pop(awaited, None)
+        if registration is None:
+            return
+        try:
+            # Not `import_module`: where another thread is importing this very module and waits for the one that we
+            # are called from, it raises a deadlock error. This one leaves the registration to the other thread.
+            __import__(registration)
+        except Exception as error:  # whatever it is, the library's own import must go on
+            _warn(awaited.partition(".")[0], registration, error)
+
+
+class _HookedLoader:
+    """The loader of an awaited module, with the hook behind `exec_module`; in everything else the loader itself."""
+
+    def __init__(self, loader, finder: PostImportFinder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def exec_module(self, module) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._finder.run(module.__name__)
+
+
+_finder = PostImportFinder()
 
 
 def install() -> None:
     """Places the import hook unless `HF_GG_AUTOLOAD` is 0, false, no or off. The entry point that torch calls."""
-    if _switched_on():
-        _place(explicit=False)
-    elif _loaded_by_torch:
-        from .post_import import forget
-
-        forget()
-
-
-def install_on_import() -> None:
-    """Places the import hook for `import hf_gg`: always if the user wrote it, else as `HF_GG_AUTOLOAD` says."""
-    if not is_initializing("torch"):
-        _place(explicit=True)
-    elif _switched_on():
-        _place(explicit=False)
+    if os.environ.get(SWITCH, "").strip().lower() not in {"0", "false", "no", "off"}:
+        place()
+    elif _finder not in sys.meta_path:
+        # torch has imported hf_gg for nothing; the user's own `import hf_gg` must still run it, and register
+        for name in [name for name in list(sys.modules) if name.partition(".")[0] == "hf_gg"]:
+            del sys.modules[name]
 
 
-def is_initializing(name: str) -> bool:
-    """Whether the module is being imported at the moment: in `sys.modules`, but not executed to its end."""
-    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+def on_import() -> None:
+    """Places the import hook for an `import hf_gg`, unless it is torch's on the way to `install`, which decides."""
+    if not getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        place()
 
 
-def _place(explicit: bool) -> None:
+def place() -> None:
+    """Places the import hook, whatever `HF_GG_AUTOLOAD` says, and registers with what is imported already."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    for awaited in HOOKS:
+        if awaited in sys.modules:
+            _finder.run(awaited)
+
+
+def _warn(library: str, registration: str, error: Exception) -> None:
+    import warnings
+
+    message = (
+        f"hf_gg could not register with {library} ({type(error).__name__}: {error}): RF8 models do not work with it. "
+        f'`python -c "import {registration}"` shows the traceback, `pip install -U hf-gg {library}` brings matching '
+        f"versions, {SWITCH}=0 switches this registration off."
+    )
     try:
-        finders: list[Any] = sys.meta_path
-        finder = next((known for known in finders if getattr(known, "hf_gg_autoload", False)), None)
-        if finder is None:
-            finder = PostImportFinder()
-            finders.insert(0, finder)
-        finder.explicit |= explicit
-        for awaited in HOOKS:
-            if sys.modules.get(awaited) is not None:
-                from .post_import import run_when_executed
-
-                run_when_executed(finder, awaited)
-    except Exception as error:  # would end the `import torch` that called us
-        print(f"hf_gg: no automatic registration ({type(error).__name__}: {error})", file=sys.stderr)
-
-
-def _switched_on() -> bool:
-    return os.environ.get(SWITCH, "").strip().lower() not in {"0", "false", "no", "off"}
-
-
-_loaded_by_torch = is_initializing("torch")
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except Exception:  # `-W error` would end somebody else's import
+        print(message, file=sys.stderr)

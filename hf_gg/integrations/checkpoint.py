@@ -14,6 +14,7 @@ import re
 import struct
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -21,7 +22,7 @@ from .. import ops
 from ..formats import get_format
 from ..nn import RF8Experts
 from ..nn.experts import quantize_experts
-from .selection import code_parameters, weight_names
+from .selection import code_parameters, quantized_modules, weight_names
 
 
 def find_codes(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
@@ -47,24 +48,31 @@ class Quantize(ConversionOps):
                 result[name] = value
                 continue
             module, weight = found
-            if not value.is_floating_point() or value.element_size() == 1:
-                raise ValueError(
-                    f"{name} is stored as {value.dtype}: only weights in float16, bfloat16, float32 or float64 can be "
-                    "quantized. Start from the full-precision model."
-                )
             fmt, parameter = get_format(module.format), module._parameters[weight]
             experts = isinstance(module, RF8Experts)
             transposed = module.is_transposed if experts else getattr(module, "fan_in_fan_out", False)
+            if transposed and not experts and value.ndim == 2:
+                value = value.T
+            if value.shape != parameter.shape and not hasattr(parameter, "placements"):
+                # Transformers' own report and error, or a new weight with `ignore_mismatched_sizes`
+                _notes(module, "mismatched").append(weight)
+                result[name] = value
+                continue
             reduce = _reduction(parameter, transposed and experts, module.scale_mode)
             try:
+                if not value.is_floating_point() or value.element_size() == 1:
+                    raise ValueError(
+                        f"stored as {value.dtype}, and only weights in float16, bfloat16, float32 or float64 can be "
+                        "quantized. Start from the full-precision model."
+                    )
                 if experts:
                     codes, scale = quantize_experts(value, fmt, module.scale_mode, module.rounding, transposed, reduce)
                 else:
-                    value = value.T if transposed else value
                     codes, scale = ops.quantize(value, fmt, module.scale_mode, module.rounding, reduce)
                     scale = scale.expand(codes.shape[0], 1).contiguous()
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                _notes(module, "errors").append(f"{name}: {error}")
+                codes, scale = _placeholder(value, 1 if transposed and experts else -1)
             result[name], result[f"{name}_scale"] = codes, scale
         return result
 
@@ -76,19 +84,21 @@ class Quantize(ConversionOps):
 class Unpack(ConversionOps):
     """Loading codes: check them and drop the trailing dimension. Every other tensor passes."""
 
-    def convert(self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs):
+    def convert(
+        self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs
+    ):
         value = _only(next(iter(input_dict.values())))
         found = find_codes(model, full_layer_name)
         if found is not None:
             module, weight = found
-            if value.dtype != torch.uint8:
-                raise ValueError(
-                    f"{full_layer_name} is stored as {value.dtype}, but by the config it holds {module.format} codes "
-                    "(uint8). If it was left in full precision, list its module in modules_to_not_convert."
-                )
             if value.ndim == module._parameters[weight].ndim + 1 and value.shape[-1] == 1:
                 value = value.squeeze(-1)
-            get_format(module.format).validate(value, full_layer_name)
+            try:
+                if value.dtype != torch.uint8:
+                    raise ValueError(f"{full_layer_name} {_not_codes(value.dtype, module.format)}")
+                get_format(module.format).validate(value, full_layer_name)
+            except ValueError as error:
+                _notes(module, "errors").append(str(error))
         return {full_layer_name: value}
 
     @property
@@ -99,7 +109,9 @@ class Unpack(ConversionOps):
 class Pack(ConversionOps):
     """Saving codes: add the trailing dimension."""
 
-    def convert(self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs):
+    def convert(
+        self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs
+    ):
         value = _only(next(iter(input_dict.values())))
         found = find_codes(model, full_layer_name)
         if found is not None and value.ndim == found[0]._parameters[found[1]].ndim:
@@ -109,6 +121,56 @@ class Pack(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return Unpack()
+
+
+def _notes(module: nn.Module, kind: str) -> list[str]:
+    """What is to be said about a module's weights when all are loaded.
+
+    Transformers keeps what a conversion raises for its log, and then raises an error that names no tensor.
+    """
+    return module.__dict__.setdefault("_loading_notes", {}).setdefault(kind, [])
+
+
+def is_mismatched(module: nn.Module, weight: str) -> bool:
+    """Whether a weight in full precision was found in another shape than the model's."""
+    return weight in module.__dict__.get("_loading_notes", {}).get("mismatched", ())
+
+
+def raise_loading_errors(model: nn.Module) -> None:
+    """Raise what the conversions of this load found.
+
+    Raises:
+        ValueError: each of the errors in a line; the tensors are named.
+    """
+    notes = [module.__dict__.pop("_loading_notes", {}) for _, module in quantized_modules(model)]
+    raise_errors(model, [error for note in notes for error in note.get("errors", ())])
+
+
+def raise_errors(model: nn.Module, errors: list[str]) -> None:
+    """Raise a `ValueError` of all errors if there are any; in a distributed model on every process, or on none.
+
+    A process sees only its part of a weight. If it alone raised, the others would wait for it for ever.
+    """
+    if getattr(model, "_mesh_manager", None) is not None:
+        gathered: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, errors)
+        errors = list(dict.fromkeys(error for part in gathered for error in part))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _placeholder(value: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale of the shapes that the weight `value` would have got."""
+    shape = list(value.shape)
+    shape[dim] = 1
+    return torch.zeros_like(value, dtype=torch.uint8), torch.ones(shape, dtype=torch.float32, device=value.device)
+
+
+def _not_codes(dtype, weight_format: str) -> str:
+    return (
+        f"is stored as {dtype}, but by the config it holds {weight_format} codes (uint8). If it was left in full "
+        "precision, list its module in modules_to_not_convert."
+    )
 
 
 def _only(value):
@@ -173,6 +235,8 @@ def _reduction(parameter: torch.Tensor, transposed: bool, scale_mode: str):
 
     def reduce(x: torch.Tensor, operation: str) -> torch.Tensor:
         x = x.contiguous()
+        if operation == "max":
+            x = x.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a maximum over processes may lose a NaN
         for group in groups:
             torch.distributed.all_reduce(x, op=operations[operation], group=group)
         return x
@@ -180,32 +244,62 @@ def _reduction(parameter: torch.Tensor, transposed: bool, scale_mode: str):
     return reduce
 
 
-# What a model in full precision may not hold: somebody quantized it before.
+# What a weight in full precision is not stored as: somebody quantized it before.
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+_WEIGHTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
+# The largest header that safetensors reads.
+_MAX_HEADER = 100_000_000
 
 
-def check_shards(files: list[str] | None, full_precision: bool) -> None:
+def check_shards(files: list[str] | None, weight_format: str | None) -> None:
     """Look at the headers of safetensors files before anything is loaded.
 
     Args:
         files: the checkpoint's files; others than `.safetensors` are left to their own loader.
-        full_precision: the weights are to be quantized now, so none may be narrower than 16 bits.
+        weight_format: of the codes by the config; None for weights in full precision, to be quantized now.
 
     Raises:
-        ValueError: a header that is not one, a file shorter than its header says, a float8 tensor.
+        ValueError: a header that is not one, a file shorter than its header says; a weight to be quantized that is
+            narrower than 16 bits or no float; codes or scales of another type, or codes of another format.
     """
+    types: dict[str, str] = {}
     for path in files or []:
         if not str(path).endswith(".safetensors"):
             continue
-        for name, entry in _read_header(path).items():
-            if full_precision and entry.get("dtype") in _NARROW:
+        header, file = _read_header(path), os.path.basename(path)
+        metadata = header.pop("__metadata__", None) or {}
+        if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
+            raise ValueError(
+                f"{file} holds {metadata['weight_format']} codes, and the config says {weight_format}: they are not of one "
+                "checkpoint. Download or save it again."
+            )
+        for name, entry in header.items():
+            types[name] = entry["dtype"]
+            if weight_format is None and _is_narrow(name, entry):
                 raise ValueError(
-                    f"{name} in {os.path.basename(path)} is stored as {entry['dtype']}: the model is quantized already. "
-                    "Start from the full-precision model."
+                    f"{name} in {file} is stored as {entry['dtype']}: the model is quantized already. Start from the "
+                    "full-precision model."
                 )
+    for name, dtype in types.items():
+        if weight_format is None or name.rpartition(".")[2] not in _WEIGHTS or f"{name}_scale" not in types:
+            continue
+        if dtype != "U8":
+            raise ValueError(f"{name} {_not_codes(dtype, weight_format)}")
+        if types[f"{name}_scale"] != "F32":
+            raise ValueError(
+                f"{name}_scale is stored as {types[f'{name}_scale']}, and scales are F32: a cast of the file changed them. "
+                "Download or save it again."
+            )
+
+
+def _is_narrow(name: str, entry: dict) -> bool:
+    matrix = name.rpartition(".")[2] in _WEIGHTS and len(entry["shape"]) >= 2
+    return entry["dtype"] in _NARROW or (matrix and entry["dtype"] in _INTEGERS)
 
 
 def _read_header(path: str) -> dict[str, dict]:
+    """The header of a safetensors file, which safetensors itself accepts."""
     name, size = os.path.basename(path), os.path.getsize(path)
     damaged = f"{name} is not a readable safetensors file"
     with open(path, "rb") as file:
@@ -213,20 +307,27 @@ def _read_header(path: str) -> dict[str, dict]:
         if len(start) < 8:
             raise ValueError(f"{damaged}: {size} bytes, shorter than a header. Download or save it again.")
         length = struct.unpack("<Q", start)[0]
-        if length > size - 8:
-            raise ValueError(f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated.")
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated."
+            )
         try:
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{damaged}: the header is no JSON ({error}). Download or save it again.") from error
     if not isinstance(header, dict):
         raise ValueError(f"{damaged}: the header is no table of tensors.")
-    header.pop("__metadata__", None)
     for tensor, entry in header.items():
+        if tensor == "__metadata__":
+            continue
         try:
             end = int(entry["data_offsets"][1])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
         if 8 + length + end > size:
             raise ValueError(f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}.")
-    return header
+    try:
+        with safe_open(path, framework="pt"):
+            return header
+    except SafetensorError as error:
+        raise ValueError(f"{damaged}: {error}. Download or save it again.") from error

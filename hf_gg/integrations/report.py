@@ -76,6 +76,8 @@ def quantization_report(model: nn.Module, reference: nn.Module | None = None) ->
         reference: the full-precision model, to measure the noise against. Without it the noise is estimated from the
             codes, as if the weights lay evenly between the midpoints around each code's value (printed with ≈).
 
+    Of a model that is split over processes every process must call it; each gets the report of the whole.
+
     Raises:
         ValueError: the model has no quantized module.
     """
@@ -95,7 +97,7 @@ def quantization_report(model: nn.Module, reference: nn.Module | None = None) ->
         elif original is not None:
             snr = _measured_snr(module, weight, original.detach())
         else:
-            snr = _estimated_snr(get_format(module.format), codes, scale)
+            snr = _estimated_snr(get_format(module.format), _whole(codes), _whole(scale))
         bits = 8 + 32 * scale.numel() / max(codes.numel(), 1)
         rows.append(ReportRow(name, tuple(codes.shape), module.format, bits, snr, original is not None))
     parameters = list(model.parameters())
@@ -115,11 +117,17 @@ def _skipped(model: nn.Module) -> dict[str, str]:
     return select(model, model.config.quantization_config, from_checkpoint=True).skipped
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be split over processes, put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _measured_snr(module: nn.Module, weight: str, original: torch.Tensor) -> float:
     if isinstance(module, RF8Experts):
         decoded = module.dequantize(weight)
     else:
         decoded = module.dequantize().T if getattr(module, "fan_in_fan_out", False) else module.dequantize()
+    decoded, original = _whole(decoded), _whole(original)
     noise = (decoded - original.to(decoded)).square().sum(dtype=torch.float64)
     return _decibel(float(original.float().square().sum(dtype=torch.float64)), float(noise))
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import QuantizedWeight
 from ..nn.linear import is_conv1d
+from . import fsdp
 
 
 @dataclass
@@ -82,9 +83,11 @@ def convert_on_meta(model: nn.Module, selection: Selection, config) -> None:
 
 
 def mark_quantized(model: nn.Module) -> None:
-    """Tell Transformers what it must know of quantized modules."""
+    """Tell Transformers and FSDP what they must know of quantized modules."""
+    fsdp.keep_scales_in_float32()
     for _, module in quantized_modules(model):
-        module._hf_quantized_needs_local_tp = True  # their operators take local tensors, not DTensors
+        # their operators take local tensors; an embedding must know which part of the vocabulary is its own
+        module._hf_quantized_needs_local_tp = not isinstance(module, RF8Embedding)
         module._is_hf_initialized = True  # no initializer may draw into codes
     tied = getattr(model, "all_tied_weights_keys", None)
     if not tied:
@@ -133,6 +136,19 @@ def with_skipped(names: list[str], skipped: list[str], converted: list[str]) -> 
     return sorted(result)
 
 
+def check_patterns(patterns) -> None:
+    """Raise a `ValueError` if `patterns` is no list of names and regular expressions."""
+    if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"modules_to_not_convert must be a list of names, got {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} is neither a name nor a regular expression ({error})."
+            ) from error
+
+
 def _regex(pattern: str) -> str:
     return re.escape(pattern).replace(r"\#", r"\d+")
 
@@ -158,9 +174,10 @@ def _matches(name: str, patterns: list[str], prefix: str) -> bool:
 
 def kind_of(module: nn.Module) -> str | None:
     """`"linears"`, `"experts"`, `"embeddings"`, `"other"` for matrices in a layout of its own, or None."""
-    if type(module) is nn.Linear or is_conv1d(module):
+    cls = fsdp.own_class(module)
+    if cls is nn.Linear or is_conv1d(module):
         return "linears"
-    if type(module) is nn.Embedding:
+    if cls is nn.Embedding:
         return "embeddings"
     if isinstance(module, (QuantizedWeight, RF8Experts)):
         return None

@@ -9,6 +9,7 @@ codes and a scale as soon as it is read; what is saved is what is in memory, so 
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..formats.rf8 import check_rounding
 from ..formats.scaling import check_scale
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import QuantizedWeight
-from . import checkpoint, gguf, saving, selection
+from . import checkpoint, fsdp, gguf, saving, selection
 from .report import quantization_report
 
 
@@ -87,8 +88,7 @@ class GGConfig(QuantizationConfigMixin):
         ops.check_backend(backend)
         self.scale, self.rounding, self.backend = scale, rounding, backend
         if modules_to_not_convert is not None:
-            if isinstance(modules_to_not_convert, str) or not all(isinstance(m, str) for m in modules_to_not_convert):
-                raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}.")
+            selection.check_patterns(modules_to_not_convert)
             modules_to_not_convert = list(modules_to_not_convert)
         self.modules_to_not_convert = modules_to_not_convert
         flags = {
@@ -102,7 +102,7 @@ class GGConfig(QuantizationConfigMixin):
                 raise ValueError(f"{key} must be True or False, got {value!r}.")
         self.quantize_embeddings, self.quantize_lm_head = quantize_embeddings, quantize_lm_head
         self.experts, self.dequantize = experts, dequantize
-        if format_version not in READABLE_VERSIONS:
+        if isinstance(format_version, bool) or format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"format_version {format_version!r} is not one that this hf_gg reads "
                 f"({', '.join(map(str, READABLE_VERSIONS))}): the checkpoint was written by a later release; upgrade with "
@@ -168,15 +168,24 @@ class GGHfQuantizer(HfQuantizer):
         return self._gguf.update_dtype(dtype) if self._gguf else dtype
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if getattr(getattr(model.config, "distributed_config", None), "pp_size", 1) > 1:
+            raise ValueError(
+                "pp_size > 1 does not work on quantized models: Transformers' pipeline hands activations on in the dtype of "
+                "a stage's first parameter, which is codes. Use tp_size, ep_size or fsdp_size."
+            )
         if self._gguf:
             self._gguf.prepare(model)
         else:
-            checkpoint.check_shards(checkpoint_files, full_precision=not self._from_codes)
+            codes = self.quantization_config.weight_format if self._from_codes else None
+            checkpoint.check_shards(checkpoint_files, weight_format=codes)
+        if self._from_codes and self.quantization_config.dequantize:
+            _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
         if not chosen and not self._from_codes:
             logger.warning(f"No module of {type(model).__name__} was quantized: {_summary(chosen.skipped)}.")
         self.skipped = chosen.skipped
         selection.convert_on_meta(model, chosen, self.quantization_config)
+        _guard_initialization(model, self.skipped)
 
     def update_weight_conversions(self, weight_conversions, model):
         if self._gguf:
@@ -195,7 +204,8 @@ class GGHfQuantizer(HfQuantizer):
     # --- loading ---
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        return not self._from_codes and checkpoint.find_codes(model, param_name) is not None
+        found = None if self._from_codes else checkpoint.find_codes(model, param_name)
+        return found is not None and not checkpoint.is_mismatched(*found)
 
     def get_quantize_ops(self):
         return checkpoint.Quantize()
@@ -235,17 +245,25 @@ class GGHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model):
-        return None, {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+        return None, {
+            "quant_method": METHOD,
+            "format_version": str(FORMAT_VERSION),
+            "weight_format": self.quantization_config.weight_format,
+        }
 
     def _dequantize(self, model, dtype=None):
         offloaded = next((name for name, p in model.named_parameters() if p.is_meta), None)
         if offloaded is not None:
             raise ValueError(f"{offloaded} is offloaded: load the model without offload to dequantize it.")
+        _check_can_dequantize(model)
+        names = []
         for name, module in list(selection.quantized_modules(model)):
+            names.append(name)
             if isinstance(module, RF8Experts):
                 module.restore_(dtype)
             else:
                 selection.replace_module(model, name, _float_module(module, dtype))
+        _distribute_again(model, names)
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
         model._weight_conversions = self._dropped_conversions + kept
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -311,11 +329,65 @@ def update_parallel_plan(model, plan: dict[str, str]) -> None:
     """Scales of weights that are split over their inputs belong whole to every process; mends a plan in place."""
     from transformers.distributed.parallel_utils import _get_parameter_plan, replace_layer_number_by_wildcard
 
-    for name, _, _ in selection.code_parameters(model):
+    for name, module, _ in selection.code_parameters(model):
         generic = replace_layer_number_by_wildcard(name)
-        style = _get_parameter_plan(generic, plan)
-        if style is not None and "rowwise" in style:
+        style = _get_parameter_plan(generic, plan) or ""
+        # "rowwise" splits the last dimension and "colwise" the one before it, those of embeddings the other way round
+        inputs_last = not getattr(module, "is_transposed", False)
+        if ("rowwise" if inputs_last != style.startswith("embedding") else "colwise") in style:
             plan[f"{generic}_scale"] = "replicate"
+
+
+@torch.no_grad()
+def replace_absent(model: nn.Module) -> dict[str, str]:
+    """Put plain modules, newly initialized, where the checkpoint had neither codes nor scales.
+
+    Returns:
+        Their names, with the reason.
+
+    Raises:
+        ValueError: only one of the two is missing, or experts are; the tensor is named.
+    """
+    fresh: dict[str, str] = {}
+    for name, module, weight in list(selection.code_parameters(model)):
+        codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]
+        if codes.is_meta or scale.is_meta:
+            continue  # offloaded to disk
+        loaded = [getattr(p, "_is_hf_initialized", False) for p in (codes, scale)]
+        if not any(loaded):
+            if isinstance(module, RF8Experts):
+                raise ValueError(f"{name} is missing from the checkpoint, and experts cannot be made up.")
+            owner = name.rpartition(".")[0]
+            if hasattr(codes, "placements"):
+                raise ValueError(
+                    f"{name} is missing from the checkpoint, and codes that are split over processes cannot be made up: "
+                    f"list {owner} in modules_to_not_convert."
+                )
+            _initialize_fresh(model, owner, module)
+            fresh[owner] = "missing from the checkpoint: newly initialized in full precision"
+            continue
+        if not all(loaded):
+            missing = name if loaded[1] else f"{name}_scale"
+            raise ValueError(
+                f"{missing} is missing from the checkpoint: codes and scales belong together. Download or save it again."
+            )
+    return fresh
+
+
+def _guard_initialization(model: nn.Module, skipped: dict[str, str]) -> None:
+    """Keep the model's initializers, which run before loading ends, away from codes.
+
+    Some initialize the weights of their children by name, codes or not.
+    """
+
+    def initialize_weights(self):
+        del self.initialize_weights
+        skipped.update(replace_absent(self))
+        for _, module, weight in selection.code_parameters(self):
+            module._parameters[weight]._is_hf_initialized = True  # also what is offloaded to disk
+        self.initialize_weights()
+
+    model.initialize_weights = types.MethodType(initialize_weights, model)
 
 
 @torch.no_grad()
@@ -326,30 +398,21 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         The modules that were newly initialized in full precision, with the reason.
 
     Raises:
-        ValueError: codes without scales or the reverse, scales that are not positive numbers; the tensor is named.
+        ValueError: what the conversions found; codes without scales or the reverse, scales that are not positive
+            numbers. The tensor is named.
     """
-    fresh: dict[str, str] = {}
-    for name, module, weight in list(selection.code_parameters(model)):
-        codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]
+    checkpoint.raise_loading_errors(model)
+    fresh = replace_absent(model)
+    damaged: list[str] = []
+    for name, module, weight in selection.code_parameters(model):
+        scale = module._parameters[f"{weight}_scale"]
         scale.requires_grad_(False)
-        if codes.is_meta or scale.is_meta:
+        if scale.is_meta:
             continue  # offloaded to disk
-        loaded = [getattr(p, "_is_hf_initialized", False) for p in (codes, scale)]
-        if not any(loaded):
-            if isinstance(module, RF8Experts):
-                raise ValueError(f"{name} is missing from the checkpoint, and experts cannot be made up.")
-            owner = name.rpartition(".")[0]
-            _initialize_fresh(model, owner, module)
-            fresh[owner] = "missing from the checkpoint: newly initialized in full precision"
-            continue
-        if not all(loaded):
-            missing = name if loaded[1] else f"{name}_scale"
-            raise ValueError(
-                f"{missing} is missing from the checkpoint: codes and scales belong together. Download or save it again."
-            )
         local = scale.to_local() if hasattr(scale, "to_local") else scale
         if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
-            raise ValueError(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
+            damaged.append(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
+    checkpoint.raise_errors(model, damaged)
     return fresh
 
 
@@ -372,6 +435,34 @@ def _initialize_fresh(model: nn.Module, name: str, module: QuantizedWeight) -> N
     if bias is not None and getattr(bias, "_is_hf_initialized", False):
         new.bias = bias
     selection.replace_module(model, name, new)
+
+
+def _check_can_dequantize(model: nn.Module) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    if getattr(distributed, "dp_size", 1) > 1 or any(map(fsdp.is_fully_sharded, model.modules())):
+        raise ValueError(
+            "A model that is sharded by FSDP cannot be dequantized: FSDP keeps the parameters that it was given. "
+            "Dequantize and save the model in one process, and load that checkpoint."
+        )
+
+
+def _distribute_again(model: nn.Module, names: list[str]) -> None:
+    """Give modules that were exchanged the forward passes of tensor and expert parallelism, if the model has them."""
+    config = getattr(model.config, "distributed_config", None)
+    if config is None or getattr(model, "_mesh_manager", None) is None:
+        return
+    from transformers.distributed.expert_parallel import apply_expert_parallelism
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    expert_plan = model._expand_parallel_plan(model.ep_plan) if config.ep_size > 1 else {}
+    tensor_plan = model._expand_parallel_plan(model.tp_plan) if config.tp_size > 1 else {}
+    expert_plan = {name: style for name, style in expert_plan.items() if name in names}
+    tensor_plan = {name: style for name, style in tensor_plan.items() if name in names and name not in expert_plan}
+    for name in expert_plan.keys() | tensor_plan.keys():
+        model.get_submodule(name).__dict__.pop("forward", None)  # it ran the quantized module
+    tensor_mesh, expert_mesh = model._mesh_manager.get_mesh("tp"), model._mesh_manager.get_mesh("ep")
+    apply_tensor_parallelism(model, tensor_mesh, tensor_plan)
+    apply_expert_parallelism(model, expert_mesh, tensor_mesh, expert_plan, config.ep_implementation)
 
 
 def _conv1d(module: RF8Linear) -> nn.Module:
@@ -397,8 +488,12 @@ def _prepare_for_saving(model: nn.Module, config: GGConfig, quantizer: GGHfQuant
     model._weight_conversions = kept + checkpoint.unpack_conversions(model)
     quantizer._dropped_conversions = dropped or quantizer._dropped_conversions
     converted = [name for name, _ in selection.quantized_modules(model)]
-    # embeddings and modules that are never converted need no mention
-    skipped = [n for n in quantizer.skipped if selection.kind_of(model.get_submodule(n)) in ("linears", "experts")]
+    skipped = [
+        name
+        for name, reason in quantizer.skipped.items()
+        # what is never converted needs no mention
+        if reason != "embedding" and selection.kind_of(model.get_submodule(name)) in ("linears", "experts", "embeddings")
+    ]
     config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
     config.format_version = FORMAT_VERSION
     saving.install(model)

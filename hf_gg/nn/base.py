@@ -32,15 +32,16 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as numbers, [rows, columns]; float32 unless `dtype` says otherwise."""
-        return ops.dequantize(self.weight, self.weight_scale, self.format, dtype or torch.float32, self.backend)
+        return decode(self.weight, self.weight_scale, self.format, dtype or torch.float32, self.backend)
 
     @torch.no_grad()
     def requantize_(self, weight: torch.Tensor):
         """Replace codes and scale by those of a float weight [rows, columns], in place.
 
         Raises:
-            ValueError: another shape, NaN or infinity; the module is then unchanged.
+            ValueError: another shape, NaN or infinity, codes that are split over processes; the module is then unchanged.
         """
+        check_whole("weight", self.weight)
         if weight.shape != self.weight.shape:
             raise ValueError(f"the new weight must have shape {tuple(self.weight.shape)}, got {tuple(weight.shape)}.")
         codes, scale = ops.quantize(weight, get_format(self.format), self.scale_mode, self.rounding)
@@ -53,6 +54,28 @@ class QuantizedWeight(nn.Module):
         super()._apply(fn, recurse)
         keep_scale(self, "weight_scale", kept)
         return self
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """`ops.dequantize`; codes that are split over processes (a DTensor) give numbers that are split the same way."""
+    if not hasattr(codes, "placements"):
+        return ops.dequantize(codes, scale, format, dtype, backend)
+    from torch.distributed.tensor import DTensor
+
+    # a scale is split with its row of codes, or whole on every process
+    local_scale = scale.to_local() if hasattr(scale, "placements") else scale
+    part = ops.dequantize(codes.to_local(), local_scale, format, dtype, backend)
+    mesh, placements = codes.device_mesh, codes.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=codes.shape, stride=codes.stride())
+
+
+def check_whole(name: str, codes: torch.Tensor) -> None:
+    """Raise a `ValueError` if codes are split over processes: a scale may need numbers that others hold."""
+    if hasattr(codes, "placements"):
+        raise ValueError(
+            f"{name} is split over processes (tensor, expert or fully sharded parallelism), where it cannot be quantized "
+            "again: do it on the model in one process."
+        )
 
 
 def keep_scale(module: nn.Module, name: str, before: torch.Tensor) -> None:

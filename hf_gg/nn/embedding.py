@@ -67,10 +67,33 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):
         return module.requantize_(embedding.weight.detach()).train(embedding.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if hasattr(self.weight, "placements"):
+            return self._look_up_part(input)
+        return self._look_up(input, self.weight, self.weight_scale)
+
+    def _look_up(self, input: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1)
-        codes, scale = self.weight.index_select(0, rows), self.weight_scale.index_select(0, rows)
+        codes, scale = weight.index_select(0, rows), weight_scale.index_select(0, rows)
         values = ops.dequantize(codes, scale, self.format, self.compute_dtype, self.backend)
-        return values.view(*input.shape, self.embedding_dim)
+        return values.view(*input.shape, codes.shape[-1])
+
+    def _look_up_part(self, input: torch.Tensor) -> torch.Tensor:
+        """What this process adds where the table is split over processes (tensor parallelism).
+
+        Split by rows: the whole width, zero for rows that others hold. Split by columns: this process's columns.
+        """
+        table, scale = self.weight.to_local(), self.weight_scale
+        rows = input.to_local() if hasattr(input, "placements") else input
+        scale = scale.to_local() if hasattr(scale, "placements") else scale
+        mesh, first = self.weight.device_mesh, 0
+        for mesh_dim, placement in enumerate(self.weight.placements):
+            if placement.is_shard(0):
+                size, rank = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
+                first = placement.local_shard_size_and_offset(self.num_embeddings, size, rank)[1]
+        rows = rows - first
+        mine = (rows >= 0) & (rows < table.shape[0])
+        values = self._look_up(rows.where(mine, 0), table, scale)
+        return values.masked_fill(~mine.unsqueeze(-1), 0.0)
 
     def _apply(self, fn, recurse=True):
         # the table has no dtype of its own to cast: follow what a float table would have become

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import ops
 from ..formats import ResidualFloat, get_format
-from .base import keep_scale
+from .base import check_whole, decode, keep_scale
 
 
 # The flags by which a module describes its layout; one without them cannot be run from outside.
@@ -94,12 +94,13 @@ class RF8Experts(nn.Module):
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One weight as numbers, of the shape of its codes; float32 unless `dtype` says otherwise."""
         codes, scale = self._parameters[name], self._parameters[f"{name}_scale"]
-        return ops.dequantize(codes, scale, self.format, dtype or torch.float32, self.backend)
+        return decode(codes, scale, self.format, dtype or torch.float32, self.backend)
 
     @torch.no_grad()
     def requantize_(self, name: str, weight: torch.Tensor):
         """Replace the codes and scales of one weight by those of a float one of the same shape, in place."""
         codes = self._parameters[name]
+        check_whole(name, codes)
         if weight.shape != codes.shape:
             raise ValueError(f"{name} must have shape {tuple(codes.shape)}, got {tuple(weight.shape)}.")
         fmt = get_format(self.format)

@@ -80,7 +80,8 @@ def linear(
     else:
         weight = dequantize(codes, scale, fmt, x.dtype, backend)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], codes.shape[0])
+    # no view, which autograd would not let anyone change in place (`y += ...`)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], codes.shape[0]))
 
 
 def linear_grad_input(
@@ -92,7 +93,7 @@ def linear_grad_input(
         out = triton_backend.linear_grad_input(rows, codes, scale.expand(codes.shape[0], 1), fmt)
     else:
         out = rows @ dequantize(codes, scale, fmt, grad.dtype, backend)
-    return out.view(*grad.shape[:-1], codes.shape[1])
+    return torch.ops.aten._unsafe_view(out, (*grad.shape[:-1], codes.shape[1]))
 
 
 def quantize(

@@ -1,0 +1,117 @@
+"""LoRA on fused experts (`target_parameters`) whose weights are codes.
+
+PEFT adds `B @ A` to the stack of weights while the layer runs. On codes that would be garbage, and decoding the stack would
+cost the memory that the codes save, so here the product is added in the experts' own projections, to the rows of each
+expert: the same numbers in another order of operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...nn import RF8Experts
+from .layers import Backup, adapt_, merging, rebuild, unmerging
+
+
+class RF8ParamWrapper:
+    """Mixed into `peft.tuners.lora.ParamWrapper` around RF8Experts. Make one with `adapt_experts_`."""
+
+    _gg_backup: Backup
+    parameter_name: str
+    merged_adapters: list[str]
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        added = [_factors(self, name) for name in active_adapters if name in self.lora_A]  # type: ignore[attr-defined]
+        if not added:
+            yield
+            return
+        with _projections_with(self.get_base_layer(), self.parameter_name, added):  # type: ignore[attr-defined]
+            yield
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]  # type: ignore[attr-defined]
+        if not names:
+            return
+        experts, parameter = self.get_base_layer(), self.parameter_name  # type: ignore[attr-defined]
+        with merging(self, experts, (parameter, f"{parameter}_scale")), torch.no_grad():
+            weight = experts.dequantize(parameter)
+            for name in names:
+                a, b, scaling = _factors(self, name)
+                delta = (b.float() @ a.float()) * scaling
+                weight += delta.transpose(1, 2) if experts.is_transposed else delta
+            experts.requantize_(parameter, weight)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        if not self.merged_adapters:
+            super().unmerge()  # type: ignore[misc]
+            return
+        with unmerging(self, self.get_base_layer()):  # type: ignore[attr-defined]
+            self.merged_adapters.clear()
+
+    def __reduce_ex__(self, protocol):
+        mixin, base = type(self).__bases__
+        return rebuild, (mixin, base), self.__dict__
+
+
+def adapt_experts_(wrapper: nn.Module) -> None:
+    """Turn a ParamWrapper around RF8Experts into an RF8ParamWrapper, in place; once."""
+    adapt_(wrapper, RF8ParamWrapper)
+
+
+def _factors(wrapper: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`(a, b, scaling)` of an adapter: a [experts, rank, in], b [experts, out, rank]."""
+    a, b, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    a = a.reshape(experts, -1, a.shape[-1])
+    b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    return a, b, wrapper.scaling[name]
+
+
+@contextlib.contextmanager
+def _projections_with(experts: RF8Experts, parameter: str, added: list) -> Iterator[None]:
+    """Let one projection of a module of experts add low-rank products, for the time of a forward pass."""
+    outer = experts.__dict__.get("project")
+    project = experts.project
+
+    def project_and_add(name: str, x: torch.Tensor, offsets: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        y = project(name, x, offsets, expert)
+        if name == parameter:
+            for a, b, scaling in added:
+                y = y + _low_rank(x, a, b, offsets) * scaling
+        return y
+
+    experts.__dict__["project"] = project_and_add
+    try:
+        yield
+    finally:
+        if outer is None:
+            del experts.__dict__["project"]
+        else:
+            experts.__dict__["project"] = outer
+
+
+def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`x @ a.T @ b.T` for the rows of each expert; rows past the last offset give zeros.
+
+    Args:
+        x: [rows, in], sorted by expert.
+        a: [experts, rank, in].
+        b: [experts, out, rank].
+        offsets: int32 [experts], the row at which each expert's rows end.
+    """
+    parts, start = [], 0
+    for end, a_one, b_one in zip(offsets.tolist(), a.to(x.dtype).unbind(), b.to(x.dtype).unbind(), strict=True):
+        if end > start:
+            parts.append(x[start:end] @ a_one.T @ b_one.T)
+        start = max(start, end)
+    if start < x.shape[0] or not parts:
+        parts.append(x.new_zeros(x.shape[0] - start, b.shape[1]))
+    return torch.cat(parts)

@@ -1,0 +1,214 @@
+"""Tuner layers over quantized modules.
+
+A tuner layer of PEFT that wraps a quantized module becomes, in place, a subclass of its own class: its forward pass sees
+the base weight as numbers if it reads it at all, `merge` quantizes the sum again, and `unmerge` puts back the codes from
+before the first merge. For LoRA and the other tuners that only add to the layer's output, nothing is decoded beyond what
+the base layer does itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...nn.base import QuantizedWeight
+from . import rules
+from .view import current, float_weight
+
+
+class MergeWarning(UserWarning):
+    """A float weight was rounded to codes again, and lost something."""
+
+
+class Backup:
+    """Parameters of a module as they were before any adapter was merged into it; tuner layers around one module share it.
+
+    Attributes:
+        layers: how many tuner layers are merged at the moment.
+    """
+
+    def __init__(self) -> None:
+        self.layers = 0
+        self._saved: dict[str, torch.Tensor | None] = {}
+
+    def take(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Copy parameters of a module."""
+        parameters = {name: module._parameters.get(name) for name in names}
+        self._saved = {name: None if p is None else p.detach().clone() for name, p in parameters.items()}
+
+    def restore(self, module: nn.Module) -> None:
+        """Write the copies back, bit for bit, and drop them."""
+        for name, value in self._saved.items():
+            parameter = module._parameters.get(name)
+            if value is None or parameter is None:
+                module._parameters[name] = None if value is None else nn.Parameter(value, requires_grad=False)
+            else:
+                # the module may have been moved meanwhile
+                parameter.data = value.to(parameter.device)
+        self._saved = {}
+
+
+class RF8TunerLayer:
+    """Mixed into the class of a tuner layer whose base layer is quantized. Make one with `adapt_`."""
+
+    _gg_backup: Backup
+    merged_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+
+    def forward(self, *args: Any, **kwargs: Any):
+        if not _reads_weight(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _forward_with_weight(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        module = self.get_base_layer()
+        if _being_written(module):  # some tuners merge again inside their merge
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+            return
+        with merging(self, module, ("weight", "weight_scale", "bias")), float_weight(module, writable=True) as visible:
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+            visible.commit()
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> None:
+        module = self.get_base_layer()
+        if _being_written(module) or not self.merged_adapters:
+            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+            return
+        with unmerging(self, module), float_weight(module, writable=True) as visible:
+            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+            if self.merged_adapters or self._gg_backup.layers > 1:  # another adapter stays merged
+                visible.commit()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        with initializing(self.get_base_layer()):
+            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+
+    def get_delta_weight(self, *args: Any, **kwargs: Any):
+        module = self.get_base_layer()
+        with contextlib.nullcontext() if current(module) else float_weight(module):
+            return super().get_delta_weight(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol):
+        # the class is made at run time: pickle by PEFT's own class
+        mixin, base = type(self).__bases__
+        return rebuild, (mixin, base), self.__dict__
+
+
+def adapt_(layer: nn.Module, mixin: type = RF8TunerLayer) -> None:
+    """Turn a tuner layer over a quantized module into a subclass of `mixin` and its own class, in place; once."""
+    if isinstance(layer, mixin):
+        return
+    backup, inner = Backup(), layer
+    while mixin is RF8TunerLayer and hasattr(inner, "base_layer"):
+        backup = inner.__dict__.get("_gg_backup", backup)
+        inner = inner.base_layer
+    layer.__dict__["_gg_backup"] = backup
+    layer.__class__ = adapted_class(mixin, type(layer))
+
+
+@functools.cache
+def adapted_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a tuner layer's class; PEFT looks at names of classes in places, so it has the same."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names)
+
+
+@contextlib.contextmanager
+def merging(layer: Any, module: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """Around a merge into a module: back its parameters up, undo the merge if it fails, and say what it loses."""
+    before, backup = list(layer.merged_adapters), Backup()
+    backup.take(module, names)
+    bias = module._parameters.get("bias")
+    dtype = None if bias is None else bias.dtype
+    try:
+        yield
+    except Exception:
+        layer.merged_adapters = before
+        backup.restore(module)
+        raise
+    if bias is not None and bias.dtype != dtype:  # PEFT casts it to the dtype of the weight
+        bias.data = bias.data.to(dtype)
+    if layer.merged_adapters == before:
+        return
+    if not before:
+        if not layer._gg_backup.layers:
+            layer._gg_backup._saved = backup._saved
+        layer._gg_backup.layers += 1
+    warn_rounded(module.format, "Merging an adapter into the weights", "`unmerge` restores the codes exactly. ")
+
+
+def warn_rounded(format: str, what: str, undo: str = "") -> None:
+    """Say that new weights were rounded to codes, and what is lost."""
+    warnings.warn(
+        f"{what} rounds the result to {format} again: a change that is small against a weight's rounding step is lost in "
+        f"it, and outputs differ from those before the merge. {undo}To keep all of the adapter, do not merge it, or merge "
+        "it into `model.dequantize()`.",
+        MergeWarning,
+        stacklevel=5,
+    )
+
+
+@contextlib.contextmanager
+def unmerging(layer: Any, module: Any) -> Iterator[None]:
+    """Around an unmerge: the last one of a module brings back what the first merge backed up."""
+    yield
+    if not layer.merged_adapters:
+        layer._gg_backup.layers -= 1
+        if not layer._gg_backup.layers:
+            layer._gg_backup.restore(module)
+
+
+@contextlib.contextmanager
+def initializing(module: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Show the weight while an adapter is created, and quantize what the adapter's initialization made of it.
+
+    Args:
+        module: the base layer; another kind than a quantized one is left alone.
+        dtype: of the visible weight. PEFT gives it to what it creates.
+    """
+    if not isinstance(module, QuantizedWeight) or _being_written(module):
+        yield
+        return
+    with float_weight(module, dtype, writable=True) as visible:
+        yield
+        changed = visible.commit()
+    if changed:
+        warnings.warn(
+            f"The adapter's initialization changed base weights, which were rounded to {module.format} again: the model "
+            "with the new adapter differs from the base model by that rounding.",
+            MergeWarning,
+            stacklevel=4,
+        )
+
+
+def _being_written(module: nn.Module) -> bool:
+    visible = current(module)
+    return visible is not None and visible.writable
+
+
+def _reads_weight(layer: Any) -> bool:
+    """Whether the forward pass of a tuner layer may read the base weight."""
+    if layer.disable_adapters or layer.merged:
+        return False
+    return rules.package(type(layer)) not in rules.ADDITIVE or bool(getattr(layer, "lora_variant", None))
+
+
+@torch.compiler.disable
+def _forward_with_weight(layer: Any, forward: Callable, args: tuple, kwargs: dict[str, Any]):
+    module = layer.get_base_layer()
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    dtype = next((x.dtype for x in tensors if x.is_floating_point()), getattr(module, "compute_dtype", torch.float32))
+    with float_weight(module, dtype):
+        return forward(*args, **kwargs)
+
+
+def rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
+    """An empty tuner layer, for pickle and copy."""
+    cls = adapted_class(mixin, base)
+    return cls.__new__(cls)
