@@ -72,12 +72,12 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     try:
         result = save(staging, *args, **kwargs)
         _publish(staging, directory)
-        _wait(self)
-        return result
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+    _wait(self)
+    return result
 
 
 def _make_staging(directory: str) -> tuple[str, int | None]:

@@ -50,12 +50,14 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
     patterns = list(config.modules_to_not_convert or [])
     reasons = {} if from_checkpoint else _reasons_to_skip(model, config)
     prefix = getattr(model, "base_model_prefix", "")
-    input_embeddings = _input_embeddings(model)
+    (input_embeddings, _), ties = embedding_modules(model), _tied_modules(model)
+    inputs = {name for name, module in model.named_modules() if module is input_embeddings}
+    inputs.update(*(ties.get(name, ()) for name in inputs))
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is None:
             continue
-        if kind == "embeddings" and not (config.quantize_embeddings and module is input_embeddings):
+        if kind == "embeddings" and not (config.quantize_embeddings and name in inputs):
             selection.skipped[name] = "embedding"
         elif kind == "other":
             selection.skipped[name] = f"{type(module).__name__} keeps matrices of its own, no linear layer"
@@ -67,6 +69,13 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
             selection.skipped[name] = "experts=False"
         else:
             getattr(selection, kind).append(name)
+    chosen = {*selection.linears, *selection.embeddings}
+    for names in (selection.linears, selection.embeddings):
+        for name in list(names):
+            plain = ties.get(name, set()) - chosen
+            if plain:  # they would share codes, and read them as numbers
+                names.remove(name)
+                selection.skipped[name] = f"tied to {min(plain)}, which is not quantized"
     return selection
 
 
@@ -187,11 +196,26 @@ def kind_of(module: nn.Module) -> str | None:
     return "other" if matrices and not isinstance(module, nn.modules.conv._ConvNd) else None
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+def embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input and the output embeddings of a model, None where it has none."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, method)())
+        except (AttributeError, NotImplementedError):
+            found.append(None)
+    return found[0], found[1]
+
+
+def _tied_modules(model: nn.Module) -> dict[str, set[str]]:
+    """For the name of a module whose weight is tied, the names of all modules that share it."""
+    groups: dict[str, set[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target.endswith(".weight") and source.endswith(".weight"):
+            a, b = target.removesuffix(".weight"), source.removesuffix(".weight")
+            group = groups.get(a, {a}) | groups.get(b, {b})
+            groups.update(dict.fromkeys(group, group))
+    return groups
 
 
 def _reasons_to_skip(model: nn.Module, config) -> dict[str, str]:
@@ -202,7 +226,7 @@ def _reasons_to_skip(model: nn.Module, config) -> dict[str, str]:
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    _, head = embedding_modules(model)
     for name, module in modules.items():
         for chain in _weights_read_directly(type(module)):
             reasons[".".join((name, *chain) if name else chain)] = f"{type(module).__name__} reads its weight directly"

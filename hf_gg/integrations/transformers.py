@@ -9,11 +9,13 @@ codes and a scale as soon as it is read; what is saved is what is in memory, so 
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import __version__ as transformers_version
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -271,6 +273,7 @@ class GGHfQuantizer(HfQuantizer):
             del tied[key]
         model.tie_weights()
         saving.remove(model)
+        model.__dict__.pop("resize_token_embeddings", None)
         return model
 
 
@@ -327,11 +330,9 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
 
 def update_parallel_plan(model, plan: dict[str, str]) -> None:
     """Scales of weights that are split over their inputs belong whole to every process; mends a plan in place."""
-    from transformers.distributed.parallel_utils import _get_parameter_plan, replace_layer_number_by_wildcard
-
     for name, module, _ in selection.code_parameters(model):
-        generic = replace_layer_number_by_wildcard(name)
-        style = _get_parameter_plan(generic, plan) or ""
+        generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        style = plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
         # "rowwise" splits the last dimension and "colwise" the one before it, those of embeddings the other way round
         inputs_last = not getattr(module, "is_transposed", False)
         if ("rowwise" if inputs_last != style.startswith("embedding") else "colwise") in style:
@@ -401,6 +402,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         ValueError: what the conversions found; codes without scales or the reverse, scales that are not positive
             numbers. The tensor is named.
     """
+    model.__dict__.pop("initialize_weights", None)
     checkpoint.raise_loading_errors(model)
     fresh = replace_absent(model)
     damaged: list[str] = []
@@ -497,6 +499,23 @@ def _prepare_for_saving(model: nn.Module, config: GGConfig, quantizer: GGHfQuant
     config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
     config.format_version = FORMAT_VERSION
     saving.install(model)
+    if any(isinstance(module, QuantizedWeight) for module in selection.embedding_modules(model)):
+        model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+    """`PreTrainedModel.resize_token_embeddings` of a model whose embeddings are codes: it may only stay as it is.
+
+    Raises:
+        ValueError: another size than the present one.
+    """
+    current = self.get_input_embeddings().weight.shape[0]
+    if new_num_tokens not in (None, current) or any(args) or kwargs.get("pad_to_multiple_of"):
+        raise ValueError(
+            f"The embeddings are quantized and keep their {current} tokens: resize the full-precision model, or load it "
+            "without quantize_embeddings and quantize_lm_head."
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
 
 
 def _check_quantizable(name: str, weight: torch.Tensor) -> None:
@@ -519,7 +538,15 @@ def _summary(skipped: dict[str, str]) -> str:
 
 
 def register() -> None:
-    """Make `gg` a quantization method of Transformers; a second call does nothing."""
+    """Make `gg` a quantization method of Transformers; a second call does nothing.
+
+    Raises:
+        ImportError: a Transformers whose loader casts weights to the type of the codes before they are quantized.
+    """
+    if tuple(map(int, transformers_version.split(".")[:2])) < (5, 23):
+        raise ImportError(
+            f"hf_gg needs transformers 5.23 or newer, found {transformers_version}: `pip install -U transformers`."
+        )
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(GGConfig)
         auto.register_quantizer(METHOD)(GGHfQuantizer)

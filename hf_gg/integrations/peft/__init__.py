@@ -1,10 +1,33 @@
 """Adapters of PEFT on quantized models. Importing this module registers everything.
 
-See `docs/peft.md` for what works with which tuner.
+`docs/peft.md` says what works with which tuner. PEFT has no registry for kinds of quantized layers, so functions of it are
+wrapped: those through which every tuner passes, and on a model without quantized modules each of them only calls the
+original. Where the installed PEFT lacks one, a warning says what does not work, and PEFT is otherwise left alone.
 """
 
-from .injection import install
+import warnings
+
+from . import helpers, injection, modules_to_save, state
 from .layers import MergeWarning
+
+
+def install() -> None:
+    """Wrap PEFT; a second call does nothing."""
+    for what, function in (
+        ("adapters on quantized layers", injection.install),
+        ("`trainable_token_indices` with quantized embeddings", injection.install_trainable_tokens),
+        ("`modules_to_save` with quantized modules", modules_to_save.install),
+        ("adapters on quantized embeddings", state.install),
+        ("the status of quantized layers", helpers.install_backend),
+        ("`prepare_model_for_kbit_training`", helpers.install_kbit),
+        ("CorDA and LoRA-GA on quantized models", helpers.install_preparations),
+    ):
+        try:
+            function()
+        except (ImportError, AttributeError) as error:
+            warnings.warn(
+                f"hf_gg does not support {what} with the installed PEFT: {error}. Install peft>=0.21.", stacklevel=2
+            )
 
 
 install()

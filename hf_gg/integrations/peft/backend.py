@@ -32,8 +32,3 @@ class RF8Backend(QuantizationBackend):
             base_layer.requantize_(weight_data)
         else:
             base_layer.weight.data = weight_data
-
-
-def make_backend(module: QuantizedWeight) -> RF8Backend:
-    """The backend of one module."""
-    return RF8Backend(module)

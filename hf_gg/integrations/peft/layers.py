@@ -58,6 +58,7 @@ class RF8TunerLayer:
     """Mixed into the class of a tuner layer whose base layer is quantized. Make one with `adapt_`."""
 
     _gg_backup: Backup
+    _gg_unmergeable: str
     merged_adapters: list[str]
     get_base_layer: Callable[[], Any]
 
@@ -71,6 +72,8 @@ class RF8TunerLayer:
         if _being_written(module):  # some tuners merge again inside their merge
             super().merge(*args, **kwargs)  # type: ignore[misc]
             return
+        if "_gg_unmergeable" in self.__dict__:
+            raise ValueError(f"The adapter cannot be merged into {module.format} weights: {self._gg_unmergeable}.")
         with merging(self, module, ("weight", "weight_scale", "bias")), float_weight(module, writable=True) as visible:
             super().merge(*args, **kwargs)  # type: ignore[misc]
             visible.commit()

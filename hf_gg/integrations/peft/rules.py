@@ -23,6 +23,21 @@ ADDITIVE = frozenset(
 PLAIN_LINEAR_ONLY = frozenset({"GLORA"})
 
 
+def check_model(config: Any, model: Any) -> None:
+    """Refuse an adapter on a model as a whole.
+
+    Raises:
+        NotImplementedError: the tuner takes its dtype from codes.
+    """
+    configs = config.values() if isinstance(config, dict) else [config]
+    first = next(model.parameters())
+    if any(tuner_name(one) == "SHADOW" for one in configs) and not first.is_floating_point():
+        raise NotImplementedError(
+            "SHADOW takes its dtype from the first weight of the model, and that holds codes: quantize with "
+            "quantize_embeddings=False."
+        )
+
+
 def check(config: Any, base: Any, parameter_name: str | None) -> None:
     """Refuse an adapter on a quantized module that would compute with codes.
 
@@ -33,9 +48,14 @@ def check(config: Any, base: Any, parameter_name: str | None) -> None:
 
     Raises:
         NotImplementedError: the tuner cannot work on codes.
-        ValueError: a target that must be named in another way.
+        ValueError: a target that must be named in another way, or an initialization for another format.
     """
     kind = type(base).__name__
+    if getattr(config, "init_lora_weights", None) == "loftq":
+        raise ValueError(
+            f"init_lora_weights='loftq' makes up for the rounding of bitsandbytes' 4 or 8 bits, and {kind} is rounded "
+            "otherwise: use 'pissa' or True."
+        )
     if tuner_name(config) == "LN_TUNING":
         raise NotImplementedError(
             f"LN_TUNING trains a copy of its target, and the codes of {kind} cannot be trained: target normalization "
