@@ -1,7 +1,7 @@
 """One RF8 linear layer against `F.linear` in bfloat16 and torch's int8 product, in turns, for 1 to 512 rows.
 
-The result of each is checked before it is timed. Inputs are random, never zeros; the weights of the layers that are timed
-one after the other are larger than the cache together.
+The result of each is checked before it is timed. Inputs are random, never zeros; the weights of the layers that are
+timed one after the other are larger than the cache together.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def main() -> None:
                         "ratio_to_bfloat16": round(ratio, 3),
                     }
                 )
-                print(f"{shape:>14} rows {count:4d} {name:>10} {milliseconds:9.3f} ms  {ratio:6.2f} × bfloat16", flush=True)
+                print(
+                    f"{shape:>14} rows {count:4d} {name:>10} {milliseconds:9.3f} ms  {ratio:6.2f} × bfloat16",
+                    flush=True,
+                )
     print(f"written: {write_csv('linear', rows)}")
 
 

@@ -1,8 +1,9 @@
 """What quantizing at load costs: time against a plain load of the same checkpoint, and memory at the peak.
 
 Each load runs in its own process after the files were read once, in turns: a plain load (which maps the file), a plain
-load whose weights are then read once (`touch`: what the first forward pass pays), quantizing while loading, and a load of
-the RF8 checkpoint. Memory is what the process owns (anonymous), sampled every millisecond; mapped files do not count.
+load whose weights are then read once (`touch`: what the first forward pass pays), quantizing while loading, and a
+load of the RF8 checkpoint. Memory is what the process owns (anonymous), sampled every millisecond; mapped files do
+not count.
 """
 
 from __future__ import annotations
@@ -140,7 +141,10 @@ def main() -> None:
                         results[mode].append(json.loads(out.stdout.splitlines()[-1]))
         seconds = {mode: [r["seconds"] for r in found] for mode, found in results.items()}
         for mode, found in results.items():
-            mib = {key: statistics.median(r[key] for r in found) / 2**20 for key in ("peak", "after", "footprint", "largest")}
+            mib = {
+                key: statistics.median(r[key] for r in found) / 2**20
+                for key in ("peak", "after", "footprint", "largest")
+            }
             row = {
                 "model": model,
                 "load": mode,

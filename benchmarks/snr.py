@@ -1,6 +1,8 @@
-"""Signal to quantization noise and order-0 entropy of the codes on real float32 weights, beside FP8 E4M3 and INT8 by row.
+"""Signal to quantization noise and order-0 entropy of the codes on real float32 weights, beside FP8 E4M3 and INT8 by
+row.
 
-Weights: every linear layer of all-MiniLM-L6-v2 and of the MGM GPT-2. No timing; the figures are the same on any machine.
+Weights: every linear layer of all-MiniLM-L6-v2 and of the MGM GPT-2. No timing; the figures are the same on any
+    machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RF8, the 8-bit residual float: a weight is the sum of two signed powers of two.
 
 The authors' code (arXiv 2506.00486) only simulates the format: it replaces a weight by ±2^a ± 2^b, the second term at
-most four octaves below the first, and keeps floats. Its rounding reaches seven magnitudes an octave, 16, 17, 18, 20, 24,
-28 and 30 sixteenths, so a sign, four exponent bits and three residual bits hold 16 octaves of them exactly:
+most four octaves below the first, and keeps floats. Its rounding reaches seven magnitudes an octave, 16, 17, 18, 20,
+24, 28 and 30 sixteenths, so a sign, four exponent bits and three residual bits hold 16 octaves of them exactly:
 
     s eeee ttt        value = (-1)^s · 2^(e-15) · m[t] / 16,  m = 16 17 18 20 24 28 30 –
 
@@ -85,8 +85,8 @@ class ResidualFloat:
             x: floating point, any shape. Larger magnitudes than the format's saturate. NaN and infinity are not
                 looked for here; `quantize` refuses them.
             rounding: `"nearest"` (a tie goes to the smaller magnitude, below half of the smallest to zero) or
-                `"reference"` (the authors' two powers of two by `round(log2|·|)`; a state that the variant lacks goes to
-                the nearest one).
+                `"reference"` (the authors' two powers of two by `round(log2|·|)`; a state that the variant lacks goes
+                to the nearest one).
 
         Returns:
             uint8 codes of the same shape. Zero is always 0x00.
@@ -217,7 +217,8 @@ def _code_table(fmt: ResidualFloat, device: torch.device) -> torch.Tensor:
     values = torch.tensor([v for v, _ in by_size], dtype=torch.float64)
     codes = torch.tensor([code for _, code in by_size], dtype=torch.uint8)
     midpoints = (values[1:] + values[:-1]) / 2
-    # An index stands for the x in (lower, upper]; a midpoint is the upper end of one, and belongs to the smaller value.
+    # An index stands for the x in (lower, upper]; a midpoint is the upper end of one, and belongs to the smaller
+    # value.
     upper = (torch.arange(1, (1 << 13) + 1, dtype=torch.int32) << _SHIFT).view(torch.float32).double()
     upper = upper.nan_to_num(nan=3e38)
     positive = codes[torch.searchsorted(midpoints, upper)]

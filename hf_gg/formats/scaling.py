@@ -1,10 +1,11 @@
 """Scales of quantized weights: which one, and how it is searched.
 
-A residual float has the same relative grid in every octave, so its error repeats when a scale is doubled. A search over
-one octave is therefore complete but for clipping, and starts at the smallest scale that clips nothing. Its candidates put
-the row's largest weight on each value of the topmost octave in turn: then that weight is exact, and a weight that lies on
-a grid already is found to, so that quantizing what was quantized changes nothing. On real weights these candidates are
-better than as many spread evenly over the octave (MiniLM, RF8: 29.25 dB for 7 against 29.20 for 8; 16 give 29.35).
+A residual float has the same relative grid in every octave, so its error repeats when a scale is doubled. A search
+over one octave is therefore complete but for clipping, and starts at the smallest scale that clips nothing. Its
+candidates put the row's largest weight on each value of the topmost octave in turn: then that weight is exact, and a
+weight that lies on a grid already is found to, so that quantizing what was quantized changes nothing. On real weights
+these candidates are better than as many spread evenly over the octave (MiniLM, RF8: 29.25 dB for 7 against 29.20 for
+8; 16 give 29.35).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def quantize(
     Args:
         fmt: the format.
         weight: floating point, shape [..., rows, columns]; a scale belongs to a row (an output feature).
-        scale: `"row"` (one a row, of the candidates in an octave the one with the least squared error), `"absmax"` (the
-            row's largest magnitude becomes the format's), `"pow2"` (the smallest power of two that clips nothing),
-            `"tensor"` and `"tensor-pow2"` (the same, one a matrix) or `"unit"` (1; larger weights than the format's
-            largest value saturate).
+        scale: `"row"` (one a row, of the candidates in an octave the one with the least squared error), `"absmax"`
+            (the row's largest magnitude becomes the format's), `"pow2"` (the smallest power of two that clips
+            nothing), `"tensor"` and `"tensor-pow2"` (the same, one a matrix) or `"unit"` (1; larger weights than the
+            format's largest value saturate).
         rounding: see `ResidualFloat.encode`.
         reduce: for a weight whose rows are split over processes, `reduce(x, "max" | "sum")` must return the
             element-wise maximum or sum over them, so that every process finds the same scale.
@@ -71,8 +72,8 @@ def quantize(
         peak = reduce(peak, "max")
     if not bool(torch.isfinite(peak).all()):
         raise ValueError(
-            "the weight holds NaN or infinity, which no code can represent: repair the checkpoint, or keep this tensor in "
-            "full precision with `modules_to_not_convert`."
+            "the weight holds NaN or infinity, which no code can represent: repair the checkpoint, or keep this tensor "
+            "in full precision with `modules_to_not_convert`."
         )
     if scale == "unit":
         chosen = torch.ones_like(peak)

@@ -5,7 +5,8 @@ Neither library looks for plugins, but torch does: at the end of `import torch` 
 the module with the library's registry has been executed. `import hf_gg` does the same where there is no entry point.
 
 All of this runs inside import statements of code that never heard of it. So it imports nothing that torch has not
-loaded, costs well under 2 ms, and does not raise: a registration that fails becomes one warning.
+loaded, costs well under 2 ms, and does not raise: a registration that fails becomes one warning. And our side of a library
+may import at module level only what the awaited module has loaded: `transformers.modeling_utils` is often half executed.
 """
 
 import os

@@ -257,6 +257,8 @@ class GGHfQuantizer(HfQuantizer):
         offloaded = next((name for name, p in model.named_parameters() if p.is_meta), None)
         if offloaded is not None:
             raise ValueError(f"{offloaded} is offloaded: load the model without offload to dequantize it.")
+        if isinstance(dtype, str):  # what the config says after a save
+            dtype = getattr(torch, dtype)
         _check_can_dequantize(model)
         names = []
         for name, module in list(selection.quantized_modules(model)):

@@ -39,7 +39,8 @@ class QuantizedWeight(nn.Module):
         """Replace codes and scale by those of a float weight [rows, columns], in place.
 
         Raises:
-            ValueError: another shape, NaN or infinity, codes that are split over processes; the module is then unchanged.
+            ValueError: another shape, NaN or infinity, codes that are split over processes; the module is then
+                unchanged.
         """
         check_whole("weight", self.weight)
         if weight.shape != self.weight.shape:
@@ -73,8 +74,8 @@ def check_whole(name: str, codes: torch.Tensor) -> None:
     """Raise a `ValueError` if codes are split over processes: a scale may need numbers that others hold."""
     if hasattr(codes, "placements"):
         raise ValueError(
-            f"{name} is split over processes (tensor, expert or fully sharded parallelism), where it cannot be quantized "
-            "again: do it on the model in one process."
+            f"{name} is split over processes (tensor, expert or fully sharded parallelism), where it cannot be "
+            "quantized again: do it on the model in one process."
         )
 
 

@@ -1,8 +1,8 @@
 """Fused experts of mixture-of-experts models with RF8 codes.
 
 Transformers keeps the experts of a layer as 3-D parameters (`gate_up_proj`, `down_proj`, …) of one module and
-describes their layout by flags on it (`has_gate`, `has_bias`, `is_transposed`, …). That module is changed in place to a
-subclass of its own class: its activation, its gating and its identity stay; the parameters become codes with a scale
+describes their layout by flags on it (`has_gate`, `has_bias`, `is_transposed`, …). That module is changed in place to
+a subclass of its own class: its activation, its gating and its identity stay; the parameters become codes with a scale
 beside each, and the forward pass runs over them.
 """
 
@@ -51,7 +51,8 @@ class RF8Experts(nn.Module):
     def convert_(
         module: nn.Module, format: str = "rf8", scale: str = "row", rounding: str = "nearest", backend: str = "auto"
     ) -> nn.Module:
-        """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes there.
+        """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes
+        there.
 
         Raises:
             ValueError: NaN or infinity in a weight, a layout that is not known, unknown format, scale or backend.

@@ -18,8 +18,8 @@ def is_conv1d(module: nn.Module) -> bool:
 class RF8Linear(QuantizedWeight, nn.Linear):
     """`nn.Linear` with `weight` as uint8 codes [out, in] and `weight_scale` float32 [out, 1].
 
-    A subclass of `nn.Linear`, so that adapters, tensor-parallel plans and `target_modules="all-linear"` take it for one.
-    The product is differentiable in the input and the bias; codes and scale are frozen.
+    A subclass of `nn.Linear`, so that adapters, tensor-parallel plans and `target_modules="all-linear"` take it for
+    one. The product is differentiable in the input and the bias; codes and scale are frozen.
 
     Args:
         in_features: width of the input.
@@ -27,7 +27,8 @@ class RF8Linear(QuantizedWeight, nn.Linear):
         bias: whether there is one.
         format: weight format, `"rf8"`, `"rf8x"` or `"rf8-e5"`.
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`.
-        fan_in_fan_out: the module stands for a `Conv1D`, which stored its weight [in, out]. Codes are [out, in] anyway.
+        fan_in_fan_out: the module stands for a `Conv1D`, which stored its weight [in, out]. Codes are [out, in]
+            anyway.
         scale: scale mode for `requantize_`.
         rounding: rounding for `requantize_`.
         device: of the parameters.

@@ -56,7 +56,7 @@ def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, fmt: ResidualFloat, dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
-    if backend == "cpu" and scale.shape[-1] == 1 and dtype in cpu.DTYPES:
+    if backend == "cpu" and dtype in cpu.DTYPES:
         return cpu.dequantize(codes, scale, fmt, dtype)
     if backend == "triton" and dtype in triton_backend.DTYPES:
         return triton_backend.dequantize(codes, scale, fmt, dtype)

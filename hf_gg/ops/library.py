@@ -29,7 +29,9 @@ def _check_codes(name: str, codes: torch.Tensor, scale: torch.Tensor, ndim: int 
     if scale.dtype != torch.float32:
         raise TypeError(f"hf_gg::{name}: scale must be float32, got {scale.dtype}.")
     if codes.ndim < 2 or (ndim is not None and codes.ndim != ndim):
-        raise ValueError(f"hf_gg::{name}: codes must have {ndim or 'at least 2'} dimensions, got {tuple(codes.shape)}.")
+        raise ValueError(
+            f"hf_gg::{name}: codes must have {ndim or 'at least 2'} dimensions, got {tuple(codes.shape)}."
+        )
     if codes.device != scale.device:
         raise ValueError(f"hf_gg::{name}: codes are on {codes.device}, scale on {scale.device}: move them together.")
     rows, columns = codes.shape[-2:]
@@ -54,7 +56,9 @@ def _check_linear(name: str, x: torch.Tensor, codes: torch.Tensor, scale: torch.
             f"shape {tuple(x.shape)}."
         )
     if x.device != codes.device:
-        raise ValueError(f"hf_gg::{name}: the input is on {x.device}, the codes on {codes.device}: move them together.")
+        raise ValueError(
+            f"hf_gg::{name}: the input is on {x.device}, the codes on {codes.device}: move them together."
+        )
 
 
 def _dequantize(codes, scale, format, dtype, backend="auto"):

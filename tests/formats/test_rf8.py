@@ -135,7 +135,13 @@ def test_every_scale_mode(name, rounding, scale):
         assert (peak <= scales * fmt.max * (1 + 1e-6)).all()
     noise = error(weight, codes, scales, fmt).sum() / weight.double().square().sum()
     # the authors' rounding has no 22 sixteenths, the state that rf8x adds
-    limit = {"rf8": 26.0, "rf8x": 29.0, "rf8-e5": 17.0}[name] if rounding == "nearest" else 25.0 if name != "rf8-e5" else 16.0
+    limit = (
+        {"rf8": 26.0, "rf8x": 29.0, "rf8-e5": 17.0}[name]
+        if rounding == "nearest"
+        else 25.0
+        if name != "rf8-e5"
+        else 16.0
+    )
     assert -10 * math.log10(noise) > limit
 
 

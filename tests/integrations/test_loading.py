@@ -7,6 +7,8 @@ import io
 import json
 import pickle
 import shutil
+import struct
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +176,7 @@ def test_gguf_source(tmp_path, architecture, kind):
     if architecture == "lfm2":
         pytest.importorskip("transformers.integrations.gguf.gguf_conversion_mapping")
     write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind], architecture)
-    check_gguf(tmp_path, "model.gguf", tmp_path / "rf8", expected=14)
+    check_gguf(tmp_path, "model.gguf", tmp_path / "rf8", expected=14 if architecture == "llama" else 12)
 
 
 @pytest.mark.slow
@@ -214,7 +216,7 @@ def test_gguf_files_that_are_damaged(tmp_path):
     data = (tmp_path / "model.gguf").read_bytes()
     for size in (0, 3, 40, len(data) // 2, len(data) - 40):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises((ValueError, IndexError, OSError)):
+        with pytest.raises((ValueError, IndexError, OSError, struct.error)):  # of the readers in Transformers and gguf
             AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", quantization_config=GGConfig())
 
 
@@ -258,7 +260,10 @@ def test_a_head_whose_parent_initializes_it(checkpoints):
     assert {"classification_head.dense", "classification_head.out_proj"} <= plain_linears(model)
     # T5 draws with 1 / sqrt(d_model)
     assert 0.1 < model.classification_head.dense.weight.std() < 0.15
-    assert torch.isfinite(T5.logits(model)).all()
+    tokens = T5.inputs()["input_ids"]
+    tokens[:, -1] = 1  # what T5 classifies by
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=tokens, decoder_input_ids=tokens).logits).all()
 
 
 def test_base_models_and_back(checkpoints, tmp_path):
@@ -352,7 +357,7 @@ def test_casts_keep_codes_and_scales(checkpoints):
         assert torch.equal(MIXTRAL.logits(other.to(torch.float32)), logits) or other.dtype == torch.float32
     # Transformers' own refusal for quantized models
     for cast in ("half", "float"):
-        with pytest.raises(ValueError, match=f"{cast}.. is not supported for quantized"):
+        with pytest.raises(ValueError, match=rf"{cast}\(\)` is not supported for quantized"):
             getattr(model, cast)()
 
 
@@ -382,6 +387,7 @@ def first_layers_on_disk(model: torch.nn.Module) -> dict[str, str]:
     return devices
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral", "t5"])
 def test_offload_to_disk(checkpoints, tmp_path, name):
     pytest.importorskip("accelerate")
@@ -421,9 +427,13 @@ def test_quantizing_on_the_way_to_disk_is_refused(checkpoints, tmp_path):
 # --- what is quantized ---
 
 
-@pytest.mark.parametrize("lm_head", [False, True])
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "t5", "whisper", "gemma3", "mamba"])
+@pytest.mark.parametrize(
+    ("name", "embeddings", "lm_head"),
+    [
+        *((name, *flags) for name in ("llama", "llama-tied") for flags in product((False, True), repeat=2)),
+        *((name, True, True) for name in ("gpt2", "t5", "whisper", "gemma3", "mamba")),
+    ],
+)
 def test_embeddings_and_output_embeddings(checkpoints, tmp_path, name, embeddings, lm_head):
     family = FAMILIES[name]
     config = GGConfig(quantize_embeddings=embeddings, quantize_lm_head=lm_head)
@@ -435,8 +445,9 @@ def test_embeddings_and_output_embeddings(checkpoints, tmp_path, name, embedding
     elif name in ("gemma3", "mamba"):  # an embedding with a factor of its own; a head whose weight the model reads
         assert not isinstance(inputs, RF8Embedding)
         assert not isinstance(outputs, RF8Linear)
-    elif name == "whisper":
-        assert isinstance(outputs, RF8Linear) == (embeddings and lm_head)
+    elif name == "whisper":  # its inputs are sounds
+        assert isinstance(outputs, RF8Linear)
+        assert isinstance(model.model.decoder.embed_tokens, RF8Embedding)
     else:
         assert isinstance(inputs, RF8Embedding) == isinstance(outputs, RF8Linear) == (embeddings and lm_head)
     tied = set(model.all_tied_weights_keys)
@@ -752,7 +763,7 @@ def test_generation(checkpoints, name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_compiled_forward_and_backward(checkpoints, name):
     family = FAMILIES[name]
-    model = family.auto.from_pretrained(checkpoints[f"{name}-rf8"], experts_implementation="grouped_mm")
+    model = family.auto.from_pretrained(checkpoints[f"{name}-rf8"])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(family.logits(compiled), family.logits(model), rtol=1e-4, atol=1e-5)
@@ -788,7 +799,7 @@ def test_report(checkpoints):
     assert row.format == "rf8"
     assert row.bits == 8 + 32 / 64
     assert not row.exact
-    assert report.skipped["lm_head"] == "output embeddings (quantize_lm_head=False)" or "lm_head" in report.skipped
+    assert report.skipped["lm_head"] in ("output embeddings (quantize_lm_head=False)", "modules_to_not_convert")
     assert "MixtralTopKRouter" in report.skipped["model.layers.0.mlp.gate"]
     text = str(report)
     assert all(name in text for name in rows)
@@ -801,13 +812,17 @@ def test_report(checkpoints):
         quantization_report(MIXTRAL.model())
 
 
+@torch.no_grad()
 def check_estimates(model: torch.nn.Module, reference: torch.nn.Module, lowest: float) -> None:
-    """The estimate from the codes alone comes close to what is measured against the weights."""
+    """The estimate from the codes alone comes close to what is measured against the weights.
+
+    It knows nothing of the search for the scale, which finds the one with the least noise: up to 1 dB better.
+    """
     estimated, measured = quantization_report(model).rows, quantization_report(model, reference).rows
     assert [row.name for row in estimated] == [row.name for row in measured]
-    differences = [abs(a.snr - b.snr) for a, b in zip(estimated, measured, strict=True)]
-    assert max(differences) < 0.5
-    assert sum(differences) / len(differences) < 0.15
+    gains = [b.snr - a.snr for a, b in zip(estimated, measured, strict=True)]
+    searched = model.config.quantization_config.scale == "row"
+    assert (0.2 if searched else 0) < min(gains) <= max(gains) < (1.3 if searched else 0.3)
     assert min(row.snr for row in measured) > lowest
     parameters, originals = dict(model.named_modules()), dict(reference.named_parameters())
     for row in measured[:: len(measured) // 4]:
@@ -835,7 +850,7 @@ def test_mgm_gpt2(tmp_path, weight_format):
     tokens = torch.randint(5, reference.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(tokens).logits
-        assert relative(logits, reference(tokens).logits) < 0.08
+        assert relative(logits, reference(tokens).logits) < (0.12 if weight_format == "rf8-e5" else 0.06)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, logits)
@@ -850,6 +865,7 @@ def test_minilm(tmp_path):
         vectors = model(tokens).last_hidden_state.mean(1)
         cosine = torch.nn.functional.cosine_similarity(vectors, reference(tokens).last_hidden_state.mean(1))
     assert cosine.min() > 0.995
+    check_estimates(quantize_(AutoModel.from_pretrained(real(minilm)), GGConfig(scale="absmax")), reference, 28)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(AutoModel.from_pretrained(tmp_path)(tokens).last_hidden_state.mean(1), vectors)

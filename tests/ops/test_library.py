@@ -57,7 +57,10 @@ def test_linear(backend, shape, dtype):
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert torch.allclose(y.double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.allclose(
-        ops.linear(x, codes, scale, None, "rf8", backend).double(), expected - bias.double(), rtol=tolerance, atol=tolerance
+        ops.linear(x, codes, scale, None, "rf8", backend).double(),
+        expected - bias.double(),
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 
