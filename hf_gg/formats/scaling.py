@@ -72,8 +72,8 @@ def quantize(
         peak = reduce(peak, "max")
     if not bool(torch.isfinite(peak).all()):
         raise ValueError(
-            "the weight holds NaN or infinity, which no code can represent: repair the checkpoint, or keep this tensor "
-            "in full precision with `modules_to_not_convert`."
+            "the weight holds NaN or infinity, which no code can represent: repair the checkpoint, or keep this "
+            "tensor in full precision with `modules_to_not_convert`."
         )
     if scale == "unit":
         chosen = torch.ones_like(peak)

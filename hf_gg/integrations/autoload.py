@@ -5,8 +5,9 @@ Neither library looks for plugins, but torch does: at the end of `import torch` 
 the module with the library's registry has been executed. `import hf_gg` does the same where there is no entry point.
 
 All of this runs inside import statements of code that never heard of it. So it imports nothing that torch has not
-loaded, costs well under 2 ms, and does not raise: a registration that fails becomes one warning. And our side of a library
-may import at module level only what the awaited module has loaded: `transformers.modeling_utils` is often half executed.
+loaded, costs well under 2 ms, and does not raise: a registration that fails becomes one warning. And our side of a
+library may import at module level only what the awaited module has loaded: `transformers.modeling_utils`, for one, is
+often half executed.
 """
 
 import os
@@ -14,8 +15,13 @@ import sys
 from threading import get_ident
 
 
+TYPE_CHECKING = False  # type checkers know the name; torch itself loads `typing`, but a bare `import hf_gg` does not
+if TYPE_CHECKING:
+    from typing import Any
+
+
 # The module to wait for, and the module whose import registers us. `peft.mapping_func` is the first one to run after
-# all tuners are loaded; the package itself is no use, since it is half imported when it makes torch call `install`.
+# all tuners are loaded.
 HOOKS = {
     "transformers.quantizers.auto": "hf_gg.integrations.transformers",
     "peft.mapping_func": "hf_gg.integrations.peft",
@@ -82,6 +88,34 @@ class _HookedLoader:
         self._finder.run(module.__name__)
 
 
+def _run_when_imported(finder: PostImportFinder, awaited: str) -> None:
+    """Runs the hook of a module that is being imported, perhaps by code that made torch call `install`.
+
+    Its loader is at work already, and the import system tells of the end of an import nowhere but in the module's
+    spec, whose `_initializing` becomes False; the module is not in `sys.modules` then if its import failed.
+    """
+    spec: Any = sys.modules[awaited].__spec__
+    plain = type(spec)
+
+    class AnnouncingSpec(plain):  # type: ignore[misc, valid-type]
+        @property
+        def _initializing(self) -> bool:
+            return True
+
+        @_initializing.setter
+        def _initializing(self, value: bool) -> None:
+            self.__class__ = plain
+            self._initializing = value
+            if awaited in sys.modules:
+                finder.run(awaited)
+
+    spec.__class__ = AnnouncingSpec
+
+
+def _is_initializing(name: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
 _finder = PostImportFinder()
 
 
@@ -97,17 +131,22 @@ def install() -> None:
 
 def on_import() -> None:
     """Places the import hook for an `import hf_gg`, unless it is torch's on the way to `install`, which decides."""
-    if not getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+    if not _is_initializing("torch"):
         place()
 
 
 def place() -> None:
     """Places the import hook, whatever `HF_GG_AUTOLOAD` says, and registers with what is imported already."""
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
-    for awaited in HOOKS:
-        if awaited in sys.modules:
-            _finder.run(awaited)
+    try:
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+        for awaited in HOOKS:
+            if _is_initializing(awaited):
+                _run_when_imported(_finder, awaited)
+            elif awaited in sys.modules:
+                _finder.run(awaited)
+    except Exception as error:  # would end the `import torch` that called us
+        _warn("transformers", HOOKS["transformers.quantizers.auto"], error)
 
 
 def _warn(library: str, registration: str, error: Exception) -> None:

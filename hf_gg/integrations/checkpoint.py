@@ -271,8 +271,8 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
         metadata = header.pop("__metadata__", None) or {}
         if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
             raise ValueError(
-                f"{file} holds {metadata['weight_format']} codes, and the config says {weight_format}: they are not of one "
-                "checkpoint. Download or save it again."
+                f"{file} holds {metadata['weight_format']} codes, and the config says {weight_format}: they are not of "
+                "one checkpoint. Download or save it again."
             )
         for name, entry in header.items():
             types[name] = entry["dtype"]
@@ -288,8 +288,8 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
             raise ValueError(f"{name} {_not_codes(dtype, weight_format)}")
         if types[f"{name}_scale"] != "F32":
             raise ValueError(
-                f"{name}_scale is stored as {types[f'{name}_scale']}, and scales are F32: a cast of the file changed them. "
-                "Download or save it again."
+                f"{name}_scale is stored as {types[f'{name}_scale']}, and scales are F32: a cast of the file changed "
+                "them. Download or save it again."
             )
 
 

@@ -172,8 +172,8 @@ class GGHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if getattr(getattr(model.config, "distributed_config", None), "pp_size", 1) > 1:
             raise ValueError(
-                "pp_size > 1 does not work on quantized models: Transformers' pipeline hands activations on in the dtype of "
-                "a stage's first parameter, which is codes. Use tp_size, ep_size or fsdp_size."
+                "pp_size > 1 does not work on quantized models: Transformers' pipeline hands activations on in the dtype "
+                "of a stage's first parameter, which is codes. Use tp_size, ep_size or fsdp_size."
             )
         if self._gguf:
             self._gguf.prepare(model)
@@ -309,7 +309,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             RF8Experts.convert_(model.get_submodule(name), **options)
     selection.mark_quantized(model)
     if chosen.embeddings:
-        model.tie_weights()
+        # by the mapping that `mark_quantized` has extended by the scales
+        model.tie_weights(recompute_mapping=False)
 
     quantizer = GGHfQuantizer(config, pre_quantized=False)
     quantizer.skipped = chosen.skipped
@@ -363,8 +364,8 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
             owner = name.rpartition(".")[0]
             if hasattr(codes, "placements"):
                 raise ValueError(
-                    f"{name} is missing from the checkpoint, and codes that are split over processes cannot be made up: "
-                    f"list {owner} in modules_to_not_convert."
+                    f"{name} is missing from the checkpoint, and codes that are split over processes cannot be made "
+                    f"up: list {owner} in modules_to_not_convert."
                 )
             _initialize_fresh(model, owner, module)
             fresh[owner] = "missing from the checkpoint: newly initialized in full precision"
@@ -492,11 +493,11 @@ def _prepare_for_saving(model: nn.Module, config: GGConfig, quantizer: GGHfQuant
     model._weight_conversions = kept + checkpoint.unpack_conversions(model)
     quantizer._dropped_conversions = dropped or quantizer._dropped_conversions
     converted = [name for name, _ in selection.quantized_modules(model)]
+    mentioned = ("linears", "experts", "embeddings")  # the others are never converted, as most embeddings
     skipped = [
         name
         for name, reason in quantizer.skipped.items()
-        # what is never converted needs no mention
-        if reason != "embedding" and selection.kind_of(model.get_submodule(name)) in ("linears", "experts", "embeddings")
+        if reason != "embedding" and selection.kind_of(model.get_submodule(name)) in mentioned
     ]
     config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
     config.format_version = FORMAT_VERSION

@@ -28,10 +28,11 @@ IMITATIONS = {
             for backend in entry_points(group="torch.backends"):
                 backend.load()()
     """,
-    "transformers/__init__.py": "import torch",
+    "transformers/__init__.py": "",
     "transformers/quantizers/__init__.py": "from . import auto",
-    "transformers/quantizers/auto.py": "registrations = []",
-    "peft/__init__.py": "import transformers\nfrom . import mapping_func",
+    # as in Transformers: its import may be what imports torch, and makes torch call us
+    "transformers/quantizers/auto.py": "import torch\nregistrations = []",
+    "peft/__init__.py": "import torch\nfrom . import mapping_func",
     "peft/mapping_func.py": "registrations = []",
     "hf_gg/integrations/transformers.py": "from transformers.quantizers import auto\nauto.registrations.append('gg')",
     "hf_gg/integrations/peft.py": "from peft import mapping_func\nmapping_func.registrations.append('gg')",
@@ -97,7 +98,8 @@ def site(tmp_path: Path) -> Site:
     "imports",
     [
         "import torch",
-        "import transformers.quantizers.auto, peft, torch",
+        "import transformers.quantizers.auto, torch",
+        "from transformers.quantizers import auto",
         "import peft",
         "import hf_gg, torch, peft",
         "import hf_gg.integrations.peft, hf_gg.integrations.transformers",
@@ -118,6 +120,7 @@ def test_torch_alone_loads_the_hook_and_nothing_else(site: Site):
         assert set(sys.modules) - loaded == {"torch", "hf_gg", "hf_gg.integrations", "hf_gg.integrations.autoload"}
 
         from transformers.quantizers import auto
+        assert auto.registrations == ["gg"]
         assert type(auto.__loader__) is type(auto.__spec__.loader) is machinery.SourceFileLoader
     """)
 
@@ -179,6 +182,24 @@ os.environ["REPAIRED"] = "1"
     assert stderr == ""
 
 
+def test_module_that_makes_torch_call_us_and_fails(site: Site):
+    """Its import is under way when the hook is placed, so that its loader cannot be wrapped."""
+    site.write(
+        {"transformers/quantizers/auto.py": "import os, torch\nregistrations = [][:int(os.environ['REPAIRED'])]"}
+    )
+    stderr = site.run(f"""
+import os
+try:
+    import transformers.quantizers.auto
+except KeyError as error:
+    assert error.args == ("REPAIRED",)
+os.environ["REPAIRED"] = "1"
+import transformers.quantizers.auto as auto
+assert type(auto.__spec__).__name__ == "ModuleSpec" and auto.__spec__._initializing is False
+{REGISTERED}""")
+    assert stderr == ""
+
+
 def test_another_backend_loads_transformers_before_us(site: Site):
     site.write({"a_backend.py": "def start():\n    import transformers.quantizers.auto, peft"})
     site.add_entry_point("a_backend", "a_backend:start")
@@ -191,7 +212,7 @@ def test_looking_for_a_module_does_not_register(site: Site):
         sys.modules["transformers.quantizers"] = package = type(sys)("transformers.quantizers")
         package.__path__ = [transformers.__path__[0] + "/quantizers"]
         spec = importlib.util.find_spec("transformers.quantizers.auto")
-        assert spec.loader.get_source(spec.name) == "registrations = []" and spec.loader.path == spec.origin
+        assert spec.loader.get_source(spec.name) .endswith("registrations = []") and spec.loader.path == spec.origin
         assert "hf_gg.integrations.transformers" not in sys.modules
         import transformers.quantizers.auto as auto
         assert auto.registrations == ["gg"]
@@ -296,6 +317,18 @@ for thread in threads: thread.join()
 assert not failed, failed
 {REGISTERED}""")
     assert stderr == ""
+
+
+def test_own_mistakes_do_not_end_the_import_of_torch(site: Site):
+    stderr = site.run("""
+        import sys
+        class Sealed(list):
+            def insert(self, index, item):
+                raise TypeError("sealed")
+        sys.meta_path = Sealed(sys.meta_path)
+        import torch, transformers.quantizers
+    """)
+    assert stderr.count("hf_gg could not register with transformers (TypeError: sealed)") == 1
 
 
 def test_public_names(site: Site):

@@ -76,8 +76,8 @@ def test_quantizes_what_it_should(case):
 def test_weights_stay_close_to_full_precision(case):
     originals = dict(case.original.named_parameters())
     for name, weight in decoded(case.model).items():
-        # 2.6 to 2.8 % for normal weights; zero would mean that nothing was quantized
-        assert 0.01 < relative(weight, originals[name].detach()) < 0.035, name
+        # 2.1 to 3.4 % in these models; zero would mean that nothing was quantized
+        assert 0.01 < relative(weight, originals[name].detach()) < 0.04, name
     assert torch.isfinite(case.logits).all()
     assert not torch.equal(case.logits, case.family.logits(case.original))
 

@@ -11,23 +11,29 @@ from . import helpers, injection, modules_to_save, state
 from .layers import MergeWarning
 
 
+# what it is for, the function, whether every PEFT has what is wrapped
+_HOOKS = (
+    ("adapters on quantized layers", injection.install, True),
+    ("`trainable_token_indices` with quantized embeddings", injection.install_trainable_tokens, False),
+    ("`modules_to_save` with quantized modules", modules_to_save.install, True),
+    ("adapters on quantized embeddings", state.install, True),
+    ("the status of quantized layers", helpers.install_backend, False),
+    ("`prepare_model_for_kbit_training`", helpers.install_kbit, True),
+    ("CorDA on quantized models", helpers.install_corda, False),
+    ("LoRA-GA on quantized models", helpers.install_loraga, False),
+)
+
+
 def install() -> None:
     """Wrap PEFT; a second call does nothing."""
-    for what, function in (
-        ("adapters on quantized layers", injection.install),
-        ("`trainable_token_indices` with quantized embeddings", injection.install_trainable_tokens),
-        ("`modules_to_save` with quantized modules", modules_to_save.install),
-        ("adapters on quantized embeddings", state.install),
-        ("the status of quantized layers", helpers.install_backend),
-        ("`prepare_model_for_kbit_training`", helpers.install_kbit),
-        ("CorDA and LoRA-GA on quantized models", helpers.install_preparations),
-    ):
+    for what, function, everywhere in _HOOKS:
         try:
             function()
         except (ImportError, AttributeError) as error:
-            warnings.warn(
-                f"hf_gg does not support {what} with the installed PEFT: {error}. Install peft>=0.21.", stacklevel=2
-            )
+            if everywhere or isinstance(error, AttributeError):
+                warnings.warn(
+                    f"hf_gg does not support {what} with the installed PEFT: {error}. Install peft>=0.21.", stacklevel=2
+                )
 
 
 install()

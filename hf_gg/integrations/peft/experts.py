@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...nn import RF8Experts
-from .layers import Backup, adapt_, merging, rebuild, unmerging
+from .layers import Backup, adapt_, merging, rebuild, unmerging, warn_merge
 
 
 class RF8ParamWrapper:
@@ -49,12 +49,13 @@ class RF8ParamWrapper:
                 weight += delta.transpose(1, 2) if experts.is_transposed else delta
             experts.requantize_(parameter, weight)
             self.merged_adapters.extend(names)
+        warn_merge(experts.format)
 
     def unmerge(self) -> None:
         if not self.merged_adapters:
             super().unmerge()  # type: ignore[misc]
             return
-        with unmerging(self, self.get_base_layer()):  # type: ignore[attr-defined]
+        with unmerging(self):
             self.merged_adapters.clear()
 
     def __reduce_ex__(self, protocol):

@@ -46,11 +46,11 @@ def install_kbit() -> None:
     rebind(other, "prepare_model_for_kbit_training", make)
 
 
-def install_preparations() -> None:
-    """The preparations for LoRA's initializations CorDA and LoRA-GA, which run on the bare model."""
-    from peft.tuners.lora import corda, loraga
+def install_corda() -> None:
+    """The preparation for LoRA's initialization CorDA, which runs on the bare model."""
+    from peft.tuners.lora import corda
 
-    def make_corda(original: Callable) -> Callable:
+    def make(original: Callable) -> Callable:
         def collect_eigens_for_layer(linear, *args, **kwargs):
             if not isinstance(linear, QuantizedWeight):
                 return original(linear, *args, **kwargs)
@@ -59,7 +59,14 @@ def install_preparations() -> None:
 
         return collect_eigens_for_layer
 
-    def make_loraga(original: Callable) -> Callable:
+    wrap(corda, "collect_eigens_for_layer", make)
+
+
+def install_loraga() -> None:
+    """The preparation for LoRA's initialization LoRA-GA, which asks for gradients that codes do not have."""
+    from peft.tuners.lora import loraga
+
+    def make(original: Callable) -> Callable:
         def preprocess_loraga(model, lora_config, train_step, cache_file=None):
             if quantized_in(model) and not (cache_file is not None and os.path.exists(cache_file)):
                 raise NotImplementedError(
@@ -70,5 +77,4 @@ def install_preparations() -> None:
 
         return preprocess_loraga
 
-    wrap(corda, "collect_eigens_for_layer", make_corda)
-    rebind(loraga, "preprocess_loraga", make_loraga)
+    rebind(loraga, "preprocess_loraga", make)

@@ -16,7 +16,7 @@ from ...nn import RF8Experts, RF8Linear
 from ...nn.base import QuantizedWeight
 from . import rules
 from .experts import adapt_experts_
-from .layers import adapt_, initializing
+from .layers import adapt_, initializing, share_backups
 from .patching import wrap
 from .view import all_visible, as_plain_linear, model_dtype
 
@@ -54,16 +54,18 @@ def adapt_all(model: nn.Module) -> None:
     from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # inner layers first: layers around one module share their backup
-    for layer in reversed(list(model.modules())):
+    adapted = []
+    for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         base = layer.get_base_layer()
         if isinstance(base, QuantizedWeight):
             adapt_(layer)
+            adapted.append(layer)
         elif isinstance(base, RF8Experts) and isinstance(layer, ParamWrapper):
             if layer.parameter_name in base.quantized_names:
                 adapt_experts_(layer)
+    share_backups(adapted)
 
 
 def _constructor(original: Callable) -> Callable:

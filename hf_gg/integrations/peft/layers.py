@@ -27,7 +27,9 @@ class MergeWarning(UserWarning):
 
 
 class Backup:
-    """Parameters of a module as they were before any adapter was merged into it; tuner layers around one module share it.
+    """Parameters as they were before any adapter was merged into them; shared by all tuner layers over one weight.
+
+    Those are nested layers of several tuners, and layers around modules whose weights are tied.
 
     Attributes:
         layers: how many tuner layers are merged at the moment.
@@ -35,23 +37,33 @@ class Backup:
 
     def __init__(self) -> None:
         self.layers = 0
-        self._saved: dict[str, torch.Tensor | None] = {}
+        self._saved: list[tuple[nn.Module, str, torch.Tensor | None]] = []
 
     def take(self, module: nn.Module, names: tuple[str, ...]) -> None:
         """Copy parameters of a module."""
-        parameters = {name: module._parameters.get(name) for name in names}
-        self._saved = {name: None if p is None else p.detach().clone() for name, p in parameters.items()}
+        for name in names:
+            parameter = module._parameters.get(name)
+            self._saved.append((module, name, None if parameter is None else parameter.detach().clone()))
 
-    def restore(self, module: nn.Module) -> None:
+    def adopt(self, other: Backup) -> None:
+        """Count one more merged layer, and take over its copies of what is not saved yet."""
+        known = [module._parameters.get(name) for module, name, _ in self._saved]
+        for module, name, value in other._saved:
+            parameter = module._parameters.get(name)
+            if not any(parameter is one for one in known if one is not None):
+                self._saved.append((module, name, value))
+        self.layers += 1
+
+    def restore(self) -> None:
         """Write the copies back, bit for bit, and drop them."""
-        for name, value in self._saved.items():
+        for module, name, value in self._saved:
             parameter = module._parameters.get(name)
             if value is None or parameter is None:
                 module._parameters[name] = None if value is None else nn.Parameter(value, requires_grad=False)
             else:
                 # the module may have been moved meanwhile
                 parameter.data = value.to(parameter.device)
-        self._saved = {}
+        self._saved = []
 
 
 class RF8TunerLayer:
@@ -76,14 +88,16 @@ class RF8TunerLayer:
             raise ValueError(f"The adapter cannot be merged into {module.format} weights: {self._gg_unmergeable}.")
         with merging(self, module, ("weight", "weight_scale", "bias")), float_weight(module, writable=True) as visible:
             super().merge(*args, **kwargs)  # type: ignore[misc]
-            visible.commit()
+            rounded = visible.commit()
+        if rounded:
+            warn_merge(module.format)
 
     def unmerge(self, *args: Any, **kwargs: Any) -> None:
         module = self.get_base_layer()
         if _being_written(module) or not self.merged_adapters:
             super().unmerge(*args, **kwargs)  # type: ignore[misc]
             return
-        with unmerging(self, module), float_weight(module, writable=True) as visible:
+        with unmerging(self), float_weight(module, writable=True) as visible:
             super().unmerge(*args, **kwargs)  # type: ignore[misc]
             if self.merged_adapters or self._gg_backup.layers > 1:  # another adapter stays merged
                 visible.commit()
@@ -105,14 +119,17 @@ class RF8TunerLayer:
 
 def adapt_(layer: nn.Module, mixin: type = RF8TunerLayer) -> None:
     """Turn a tuner layer over a quantized module into a subclass of `mixin` and its own class, in place; once."""
-    if isinstance(layer, mixin):
-        return
-    backup, inner = Backup(), layer
-    while mixin is RF8TunerLayer and hasattr(inner, "base_layer"):
-        backup = inner.__dict__.get("_gg_backup", backup)
-        inner = inner.base_layer
-    layer.__dict__["_gg_backup"] = backup
-    layer.__class__ = adapted_class(mixin, type(layer))
+    if not isinstance(layer, mixin):
+        layer.__dict__["_gg_backup"] = Backup()
+        layer.__class__ = adapted_class(mixin, type(layer))
+
+
+def share_backups(layers: list[RF8TunerLayer]) -> None:
+    """Give layers over one weight the same backup."""
+    backups: dict[int, Backup] = {}
+    for layer in sorted(layers, key=lambda one: one._gg_backup.layers, reverse=True):
+        weight = layer.get_base_layer()._parameters["weight"]
+        layer._gg_backup = backups.setdefault(id(weight), layer._gg_backup)
 
 
 @functools.cache
@@ -124,7 +141,7 @@ def adapted_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
 
 @contextlib.contextmanager
 def merging(layer: Any, module: Any, names: tuple[str, ...]) -> Iterator[None]:
-    """Around a merge into a module: back its parameters up, undo the merge if it fails, and say what it loses."""
+    """Around a merge into a module: back its parameters up, and undo the merge if it fails."""
     before, backup = list(layer.merged_adapters), Backup()
     backup.take(module, names)
     bias = module._parameters.get("bias")
@@ -133,38 +150,35 @@ def merging(layer: Any, module: Any, names: tuple[str, ...]) -> Iterator[None]:
         yield
     except Exception:
         layer.merged_adapters = before
-        backup.restore(module)
+        backup.restore()
         raise
     if bias is not None and bias.dtype != dtype:  # PEFT casts it to the dtype of the weight
         bias.data = bias.data.to(dtype)
     if layer.merged_adapters == before:
         return
     if not before:
-        if not layer._gg_backup.layers:
-            layer._gg_backup._saved = backup._saved
-        layer._gg_backup.layers += 1
-    warn_rounded(module.format, "Merging an adapter into the weights", "`unmerge` restores the codes exactly. ")
+        layer._gg_backup.adopt(backup)
 
 
-def warn_rounded(format: str, what: str, undo: str = "") -> None:
-    """Say that new weights were rounded to codes, and what is lost."""
+def warn_merge(format: str, what: str = "an adapter", undo: str = "`unmerge` restores the codes exactly. ") -> None:
+    """Say that merged weights were rounded to codes, and what is lost."""
     warnings.warn(
-        f"{what} rounds the result to {format} again: a change that is small against a weight's rounding step is lost in "
-        f"it, and outputs differ from those before the merge. {undo}To keep all of the adapter, do not merge it, or merge "
-        "it into `model.dequantize()`.",
+        f"Merging {what} into {format} weights rounds their sum to {format} again: a change that is small against a weight's "
+        f"rounding step is lost in it, and outputs differ from those before the merge. {undo}To keep all of the adapter, do "
+        "not merge it, or merge it into `model.dequantize()`.",
         MergeWarning,
-        stacklevel=5,
+        stacklevel=3,
     )
 
 
 @contextlib.contextmanager
-def unmerging(layer: Any, module: Any) -> Iterator[None]:
+def unmerging(layer: Any) -> Iterator[None]:
     """Around an unmerge: the last one of a module brings back what the first merge backed up."""
     yield
     if not layer.merged_adapters:
         layer._gg_backup.layers -= 1
         if not layer._gg_backup.layers:
-            layer._gg_backup.restore(module)
+            layer._gg_backup.restore()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...nn import RF8Embedding, RF8Experts
 from .injection import quantized_in
-from .layers import warn_rounded
+from .layers import warn_merge
 from .patching import wrap
 
 
@@ -73,12 +73,15 @@ def requantized(original: nn.Module, trained: nn.Module) -> nn.Module:
         child, source = original.get_submodule(name), modules[name]
         weights = child.quantized_names if isinstance(child, RF8Experts) else ("weight",)
         for weight in weights:
+            for parameter in (weight, f"{weight}_scale"):  # of its own: they may be tied to those of another module
+                own = child._parameters[parameter].detach().clone()
+                child._parameters[parameter] = nn.Parameter(own, requires_grad=False)
             value = values.pop(f"{name}.{weight}".removeprefix("."))
             if isinstance(child, RF8Experts):
                 child.requantize_(weight, value)
             else:
                 child.requantize_(value)
-        warn_rounded(child.format, f"Merging the {type(source).__name__} in `modules_to_save`")
+        warn_merge(child.format, f"a module of `modules_to_save` ({type(source).__name__})", undo="")
     for name, target in (*original.named_parameters(), *original.named_buffers()):
         if name in values:
             target.copy_(values[name])

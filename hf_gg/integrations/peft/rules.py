@@ -6,18 +6,17 @@ import dataclasses
 from typing import Any
 
 from ...nn import RF8Experts
+from .support import TUNERS
 
 
 # Initializations of LoRA that do not look at the base weight.
 _BLIND_INITS = (True, False, "gaussian", "eva")
 
 
-# Packages in peft.tuners whose layers do not read the base weight in their forward pass: it runs unwrapped, so that it
-# can be compiled. LoRA's variants are told apart where this is used.
-ADDITIVE = frozenset(
-    "adalora adamss beft boft c3a deft delora fourierft gralora ia3 lily lora oft osf poly psoft pvera randlora road "
-    "tinylora unilora vblora vera waveft".split()
-)
+# Tuners whose layers never look at the base weight in their forward pass, by their package in peft.tuners: they run
+# unwrapped, so that they can be compiled. LoRA's variants are told apart where this is used.
+_SOMETIMES = {"FROD", "MISS"}
+ADDITIVE = frozenset(name.lower() for name, support in TUNERS.items() if not support.reads and name not in _SOMETIMES)
 
 # Tuners that take an nn.Linear and no subclass of it.
 PLAIN_LINEAR_ONLY = frozenset({"GLORA"})
