@@ -2,8 +2,8 @@
 
 In a file, codes are uint8 under the parameter's own name with one more, trailing dimension of size 1: `[out, in, 1]`.
 Where this package is not installed, Transformers then finds a tensor of another shape than the model's and refuses the
-checkpoint, instead of taking codes for weights. A trailing dimension leaves all others where they are, so that shards of
-tensor and expert parallelism are cut from the file as ever, for any width. (Version 1 had plain `[out, in]`.)
+checkpoint, instead of taking codes for weights. A trailing dimension leaves all others where they are, so that shards
+of tensor and expert parallelism are cut from the file as ever, for any width. (Version 1 had plain `[out, in]`.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import struct
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -191,11 +192,12 @@ def is_unpack(conversion) -> bool:
 def split_conversions(model: nn.Module, conversions: list) -> tuple[list, list]:
     """The model's own conversions: those that leave quantized parameters alone, and those that build one.
 
-    A merge or split of weights cannot be undone on codes without their scales. So quantized parameters are stored under
-    the model's own names, as they are, and the second kind is not used.
+    A merge or split of weights cannot be undone on codes without their scales. So quantized parameters are stored
+    under the model's own names, as they are, and the second kind is not used.
     """
     names = [name for name, _, _ in code_parameters(model)]
-    kept, dropped = [], []
+    kept: list = []
+    dropped: list = []
     for conversion in conversions:
         if is_unpack(conversion):
             continue
@@ -211,7 +213,7 @@ def _targets(pattern: str, names: list[str]) -> bool:
     return any(regex.search(name) for name in names)
 
 
-def _reduction(parameter: torch.Tensor, transposed: bool, scale_mode: str):
+def _reduction(parameter: Any, transposed: bool, scale_mode: str):
     """How processes agree on a scale when what it covers is split over them; None where it is not.
 
     Args:
@@ -271,8 +273,8 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
         metadata = header.pop("__metadata__", None) or {}
         if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
             raise ValueError(
-                f"{file} holds {metadata['weight_format']} codes, and the config says {weight_format}: they are not of "
-                "one checkpoint. Download or save it again."
+                f"{file} holds {metadata['weight_format']} codes, and the config says {weight_format}: they are not "
+                "of one checkpoint. Download or save it again."
             )
         for name, entry in header.items():
             types[name] = entry["dtype"]

@@ -18,7 +18,8 @@ class QuantizeTargets(Quantize):
     """`Quantize` at the end of a converter's operations, where results still go by the target patterns."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns=None, target_patterns=None, full_layer_name="", model=None, **kwargs):
+    def convert(self, input_dict, source_patterns=None, target_patterns=None, model=None, **kwargs):
+        full_layer_name = kwargs["full_layer_name"]
         names = {key: key for key in input_dict}
         for key in input_dict:
             if key in full_layer_name:
@@ -47,9 +48,9 @@ class LazyTensor:
 class GgufSource:
     """What Transformers does to read a GGUF file in full precision, tensor by tensor.
 
-    Transformers has two readers: one that keeps tensors in their blocks until its conversions run, for some architectures,
-    and an older one for the rest, of which the unpacking is put off here until a tensor is asked for. (Architectures whose
-    tensors the older reader merges come from it as a whole, in full precision.)
+    Transformers has two readers: one that keeps tensors in their blocks until its conversions run, for some
+    architectures, and an older one for the rest, of which the unpacking is put off here until a tensor is asked for.
+    (Architectures whose tensors the older reader merges come from it as a whole, in full precision.)
 
     Args:
         path: the `.gguf` file.
@@ -67,8 +68,8 @@ class GgufSource:
             from transformers.utils.quantization_config import GgufConfig
         except ImportError as error:
             raise ImportError(
-                "Quantizing a GGUF file while loading it needs a newer Transformers (5.23 works): upgrade it, or load the "
-                "file, save it, and quantize the saved model."
+                "Quantizing a GGUF file while loading it needs a newer Transformers (5.23 works): upgrade it, or load "
+                "the file, save it, and quantize the saved model."
             ) from error
         self._reader = GgufHfQuantizer(GgufConfig(gguf_file=path, dequantize=True))
         self._reader.read_header(path)
@@ -128,8 +129,8 @@ def _lazy_state_dict(path: str, model) -> dict[str, LazyTensor] | None:
 def allow_gguf(config_class: type) -> None:
     """Let `from_pretrained(gguf_file=…, quantization_config=GGConfig())` reach our quantizer.
 
-    Transformers refuses any quantization config but its own beside a GGUF file, at one place and without a hook. There,
-    and for our config alone, the file is not mentioned; everything after it asks the quantizer.
+    Transformers refuses any quantization config but its own beside a GGUF file, at one place and without a hook.
+    There, and for our config alone, the file is not mentioned; everything after it asks the quantizer.
     """
     original = auto.get_hf_quantizer
 
@@ -141,5 +142,5 @@ def allow_gguf(config_class: type) -> None:
 
     auto.get_hf_quantizer = get_hf_quantizer
     modeling = sys.modules.get("transformers.modeling_utils")
-    if getattr(modeling, "get_hf_quantizer", None) is original:
-        modeling.get_hf_quantizer = get_hf_quantizer
+    if modeling is not None and getattr(modeling, "get_hf_quantizer", None) is original:
+        setattr(modeling, "get_hf_quantizer", get_hf_quantizer)  # noqa: B010  (no attribute that a checker knows)

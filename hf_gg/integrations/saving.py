@@ -1,8 +1,8 @@
 """Saving so that a checkpoint is either the old one or the new one.
 
-Transformers writes into the wanted folder itself, file after file; a save that dies there leaves neither checkpoint, and
-one into the folder that the model was mapped from overwrites the very weights it reads. Here the whole save goes into a
-folder inside the wanted one, on the same disk, and its files are moved over once all of them are complete.
+Transformers writes into the wanted folder itself, file after file; a save that dies there leaves neither checkpoint,
+and one into the folder that the model was mapped from overwrites the very weights it reads. Here the whole save goes
+into a folder inside the wanted one, on the same disk, and its files are moved over once all of them are complete.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     save = functools.partial(type(self).save_pretrained, self)
     if kwargs.get("save_original_format") is False:
         raise ValueError(
-            "save_original_format=False would store codes without the mark that keeps other loaders from taking them for "
-            "weights: leave it out."
+            "save_original_format=False would store codes without the mark that keeps other loaders from taking them "
+            "for weights: leave it out."
         )
     if kwargs.get("distributed_checkpoint"):
         raise ValueError(
-            "distributed_checkpoint=True is not supported: Transformers loads no quantized model from such a checkpoint. "
-            "Leave it out: the first process then gathers the weights and writes an ordinary checkpoint."
+            "distributed_checkpoint=True is not supported: Transformers loads no quantized model from such a "
+            "checkpoint. Leave it out: the first process then gathers the weights and writes an ordinary checkpoint."
         )
     directory = os.fspath(save_directory)
     is_main_process = kwargs.get("is_main_process", args[0] if args else True)

@@ -134,7 +134,8 @@ def code_parameters(model: nn.Module):
 
 
 def with_skipped(names: list[str], skipped: list[str], converted: list[str]) -> list[str]:
-    """The patterns of a config: `names`, and the skipped modules with `#` for the layer number where all layers are."""
+    """The patterns of a config: `names`, and the skipped modules with `#` for the layer number where all layers
+    are."""
     groups: dict[str, list[str]] = {}
     for name in skipped:
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), []).append(name)
@@ -165,9 +166,9 @@ def _regex(pattern: str) -> str:
 def _matches(name: str, patterns: list[str], prefix: str) -> bool:
     """Whether a module is meant by one of the user's or the checkpoint's patterns.
 
-    A pattern is a name, its end or its beginning up to a dot, a name with `#` for any number, or a regular expression in
-    Transformers' sense. The base model's prefix may be there or not: a checkpoint of a model with a head also opens as
-    the model without.
+    A pattern is a name, its end or its beginning up to a dot, a name with `#` for any number, or a regular expression
+    in Transformers' sense. The base model's prefix may be there or not: a checkpoint of a model with a head also
+    opens as the model without.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -228,7 +229,7 @@ def _reasons_to_skip(model: nn.Module, config) -> dict[str, str]:
     }
     _, head = embedding_modules(model)
     for name, module in modules.items():
-        for chain in _weights_read_directly(type(module)):
+        for chain in _weights_read_directly(type(module)):  # type: ignore[arg-type]
             reasons[".".join((name, *chain) if name else chain)] = f"{type(module).__name__} reads its weight directly"
         if keep.intersection(name.split(".")):
             reasons[name] = "the model keeps it in float32"
@@ -245,7 +246,8 @@ def _reasons_to_skip(model: nn.Module, config) -> dict[str, str]:
 def _weights_read_directly(cls: type) -> frozenset[tuple[str, ...]]:
     """Attribute chains `a.b` for which a class reads `self.a.b.weight` itself, other than to initialize or tie it.
 
-    Such a read would get codes where it expects numbers (`hidden.to(self.wo.weight.dtype)`, `self.dt_proj.weight @ x`).
+    Such a read would get codes where it expects numbers (`hidden.to(self.wo.weight.dtype)`, `self.dt_proj.weight @
+    x`).
     """
     found: set[tuple[str, ...]] = set()
     for base in cls.__mro__:

@@ -2,8 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=GGConfig())
 
-The quantizer follows Transformers' own: modules are exchanged while the model is on the meta device; every weight becomes
-codes and a scale as soon as it is read; what is saved is what is in memory, so a checkpoint loads without a conversion.
+The quantizer follows Transformers' own: modules are exchanged while the model is on the meta device; every weight
+becomes codes and a scale as soon as it is read; what is saved is what is in memory, so a checkpoint loads without a
+conversion.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class GGConfig(QuantizationConfigMixin):
         weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`.
         scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
         rounding: `"nearest"` (default) or `"reference"` (the authors').
-        modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they are,
-            added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own code
-            needs in full precision.
+        modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
+            are, added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own
+            code needs in full precision.
         quantize_embeddings: quantize the input embeddings as well.
         quantize_lm_head: quantize the output embeddings as well; where they are tied, both must be asked for.
         experts: quantize fused experts of mixture-of-experts models.
-        backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any load.
+        backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any
+            load.
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
         format_version: of the checkpoint; set by the library.
 
@@ -81,7 +83,7 @@ class GGConfig(QuantizationConfigMixin):
             known = [name for name in inspect.signature(GGConfig).parameters if name != "kwargs"]
             unknown = ", ".join(map(repr, sorted(kwargs)))
             raise ValueError(f"Unknown GGConfig key {unknown}: the keys are {', '.join(known)}.")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # the field's enum is closed, its use is a string's
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
         self.weight_format = get_format("rf8" if weight_format is None else weight_format).name
@@ -107,8 +109,8 @@ class GGConfig(QuantizationConfigMixin):
         if isinstance(format_version, bool) or format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"format_version {format_version!r} is not one that this hf_gg reads "
-                f"({', '.join(map(str, READABLE_VERSIONS))}): the checkpoint was written by a later release; upgrade with "
-                "`pip install -U hf-gg`."
+                f"({', '.join(map(str, READABLE_VERSIONS))}): the checkpoint was written by a later release; upgrade "
+                "with `pip install -U hf-gg`."
             )
         self.format_version = format_version
 
@@ -142,15 +144,15 @@ class GGHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: GGConfig
-    serialized_names = {"weight": ["weight", "weight_scale"]}
+    serialized_names = {"weight": ["weight", "weight_scale"]}  # noqa: RUF012  (as in Transformers)
 
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
         if self.pre_quantized and wanted not in (None, quantization_config.weight_format):
             raise ValueError(
-                f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: quantizing "
-                "twice loses twice. Quantize the full-precision model, or leave weight_format out."
+                f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: "
+                "quantizing twice loses twice. Quantize the full-precision model, or leave weight_format out."
             )
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
@@ -162,8 +164,8 @@ class GGHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs):
         if not self._from_codes and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                "Weights cannot be quantized on their way to disk offload: quantize and save the model first, then load the "
-                "RF8 checkpoint with this device_map."
+                "Weights cannot be quantized on their way to disk offload: quantize and save the model first, then "
+                "load the RF8 checkpoint with this device_map."
             )
 
     def update_dtype(self, dtype):
@@ -172,8 +174,8 @@ class GGHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if getattr(getattr(model.config, "distributed_config", None), "pp_size", 1) > 1:
             raise ValueError(
-                "pp_size > 1 does not work on quantized models: Transformers' pipeline hands activations on in the dtype "
-                "of a stage's first parameter, which is codes. Use tp_size, ep_size or fsdp_size."
+                "pp_size > 1 does not work on quantized models: Transformers' pipeline hands activations on in the "
+                "dtype of a stage's first parameter, which is codes. Use tp_size, ep_size or fsdp_size."
             )
         if self._gguf:
             self._gguf.prepare(model)
@@ -219,7 +221,7 @@ class GGHfQuantizer(HfQuantizer):
         self.pre_quantized = self._gguf.in_blocks
 
     def get_state_dict(self, checkpoint_file: str, model):
-        return self._gguf.state_dict(checkpoint_file, model)
+        return self._gguf.state_dict(checkpoint_file, model)  # type: ignore[union-attr]  # read_header came first
 
     def get_new_dtype(self, converter, param, dtype):
         return None if self._gguf and self._gguf.in_blocks else super().get_new_dtype(converter, param, dtype)
@@ -290,8 +292,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     if getattr(model, "is_quantized", False) or any(True for _ in selection.quantized_modules(model)):
         method = getattr(model, "quantization_method", METHOD)
         raise ValueError(
-            f"The model is quantized already (method {getattr(method, 'value', method)!r}): quantizing twice loses twice. "
-            "Call `model.dequantize()` first, or start from the full-precision model."
+            f"The model is quantized already (method {getattr(method, 'value', method)!r}): quantizing twice loses "
+            "twice. Call `model.dequantize()` first, or start from the full-precision model."
         )
     chosen = selection.select(model, config, from_checkpoint=False)
     for name in (*chosen.linears, *chosen.embeddings, *chosen.experts):
@@ -373,7 +375,8 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
         if not all(loaded):
             missing = name if loaded[1] else f"{name}_scale"
             raise ValueError(
-                f"{missing} is missing from the checkpoint: codes and scales belong together. Download or save it again."
+                f"{missing} is missing from the checkpoint: codes and scales belong together. Download or save it "
+                "again."
             )
     return fresh
 
@@ -488,7 +491,9 @@ def _float_module(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return conv.train(module.training)
 
 
-def _prepare_for_saving(model: nn.Module, config: GGConfig, quantizer: GGHfQuantizer, conversions: list | None) -> None:
+def _prepare_for_saving(
+    model: nn.Module, config: GGConfig, quantizer: GGHfQuantizer, conversions: list | None
+) -> None:
     kept, dropped = checkpoint.split_conversions(model, conversions or [])
     model._weight_conversions = kept + checkpoint.unpack_conversions(model)
     quantizer._dropped_conversions = dropped or quantizer._dropped_conversions
@@ -515,8 +520,8 @@ def _resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **k
     current = self.get_input_embeddings().weight.shape[0]
     if new_num_tokens not in (None, current) or any(args) or kwargs.get("pad_to_multiple_of"):
         raise ValueError(
-            f"The embeddings are quantized and keep their {current} tokens: resize the full-precision model, or load it "
-            "without quantize_embeddings and quantize_lm_head."
+            f"The embeddings are quantized and keep their {current} tokens: resize the full-precision model, or load "
+            "it without quantize_embeddings and quantize_lm_head."
         )
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
 
@@ -554,7 +559,10 @@ def register() -> None:
         auto.register_quantization_config(METHOD)(GGConfig)
         auto.register_quantizer(METHOD)(GGHfQuantizer)
         # the tuple of configs that may change how a quantized checkpoint is loaded
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, GGConfig)
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (  # type: ignore[assignment]
+            *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
+            GGConfig,
+        )
         gguf.allow_gguf(GGConfig)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -57,7 +59,7 @@ class QuantizedWeight(nn.Module):
         return self
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype, backend: str) -> torch.Tensor:
+def decode(codes: Any, scale: Any, format: str, dtype: torch.dtype, backend: str) -> torch.Tensor:
     """`ops.dequantize`; codes that are split over processes (a DTensor) give numbers that are split the same way."""
     if not hasattr(codes, "placements"):
         return ops.dequantize(codes, scale, format, dtype, backend)

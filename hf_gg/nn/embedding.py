@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from .. import ops
 from .base import QuantizedWeight
 
 
-class RF8Embedding(QuantizedWeight, nn.Embedding):
+class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both say what `weight` is
     """`nn.Embedding` with `weight` as uint8 codes [rows, width] and `weight_scale` float32 [rows, 1].
 
     Args:
@@ -82,11 +84,11 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):
 
         Split by rows: the whole width, zero for rows that others hold. Split by columns: this process's columns.
         """
-        table, scale = self.weight.to_local(), self.weight_scale
-        rows = input.to_local() if hasattr(input, "placements") else input
-        scale = scale.to_local() if hasattr(scale, "placements") else scale
-        mesh, first = self.weight.device_mesh, 0
-        for mesh_dim, placement in enumerate(self.weight.placements):
+        weight: Any = self.weight
+        tensors: tuple[Any, Any] = (input, self.weight_scale)
+        table, mesh, first = weight.to_local(), weight.device_mesh, 0
+        rows, scale = (t.to_local() if hasattr(t, "placements") else t for t in tensors)
+        for mesh_dim, placement in enumerate(weight.placements):
             if placement.is_shard(0):
                 size, rank = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
                 first = placement.local_shard_size_and_offset(self.num_embeddings, size, rank)[1]

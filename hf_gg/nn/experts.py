@@ -74,7 +74,7 @@ class RF8Experts(nn.Module):
                 new[name] = quantize_experts(weight, fmt, scale, rounding, module.is_transposed)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        module.__class__ = _experts_class(type(module))
+        module.__class__ = _experts_class(type(module))  # type: ignore[arg-type]
         module.format, module.backend, module.quantized_names = fmt.name, backend, names
         module.scale_mode, module.rounding = scale, rounding
         for name, (codes, codes_scale) in new.items():
@@ -191,5 +191,5 @@ def _base_class(module: RF8Experts) -> type[nn.Module]:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _experts_class(base)
-    return cls.__new__(cls)
+    cls = _experts_class(base)  # type: ignore[arg-type]
+    return nn.Module.__new__(cls)

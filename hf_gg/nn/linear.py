@@ -15,7 +15,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
-class RF8Linear(QuantizedWeight, nn.Linear):
+class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say what `weight` is
     """`nn.Linear` with `weight` as uint8 codes [out, in] and `weight_scale` float32 [out, 1].
 
     A subclass of `nn.Linear`, so that adapters, tensor-parallel plans and `target_modules="all-linear"` take it for

@@ -92,7 +92,9 @@ class Hub:
                 {**o, "actions": {"upload": {"href": f"{self.url}/lfs/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
-            return as_json({"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"})
+            return as_json(
+                {"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"}
+            )
         if not (found := re.fullmatch(r"(/api/models)?/([^/]+/[^/]+?)(/.*)?", path)):
             return missing("EntryNotFound")
         api, repo, rest = found[1], found[2], found[3] or ""
@@ -101,7 +103,11 @@ class Hub:
         files = self.files[repo]
         if api and rest.startswith("/preupload/"):
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(body)["files"]
             ]
             return as_json({"files": modes})
@@ -113,10 +119,15 @@ class Hub:
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     files[value["path"]] = self.blobs[value["oid"]]
-            return as_json({"commitUrl": f"{self.url}/{repo}/commit/x", "commitOid": self.commit(repo), "hookOutput": ""})
+            return as_json(
+                {"commitUrl": f"{self.url}/{repo}/commit/x", "commitOid": self.commit(repo), "hookOutput": ""}
+            )
         if api and rest.startswith("/tree/"):
             return as_json(
-                [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]
+                [
+                    {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                    for p, c in files.items()
+                ]
             )
         if api:
             return as_json(

@@ -169,6 +169,14 @@ def test_auto_model(workplace: Workplace):
     """)
 
 
+def test_registry_imported_first(workplace: Workplace):
+    """Its own import is what imports torch, so that it is half executed when torch calls the entry point."""
+    workplace.script("""
+        from transformers.quantizers.auto import AutoQuantizationConfig
+        assert AutoQuantizationConfig.from_dict({"quant_method": "gg"}).weight_format == "rf8"
+    """)
+
+
 def test_pipeline(workplace: Workplace):
     inputs = byte_tokenizer()(TEXT, return_tensors="pt")
     expected = workplace.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]

@@ -1,8 +1,8 @@
 """Adapters of PEFT on quantized models. Importing this module registers everything.
 
-`docs/peft.md` says what works with which tuner. PEFT has no registry for kinds of quantized layers, so functions of it are
-wrapped: those through which every tuner passes, and on a model without quantized modules each of them only calls the
-original. Where the installed PEFT lacks one, a warning says what does not work, and PEFT is otherwise left alone.
+`docs/peft.md` says what works with which tuner. PEFT has no registry for kinds of quantized layers, so functions of it
+are wrapped: those through which every tuner passes, and on a model without quantized modules each of them only calls
+the original. Where the installed PEFT lacks one, a warning says what does not work, and PEFT is otherwise left alone.
 """
 
 import warnings
@@ -31,9 +31,8 @@ def install() -> None:
             function()
         except (ImportError, AttributeError) as error:
             if everywhere or isinstance(error, AttributeError):
-                warnings.warn(
-                    f"hf_gg does not support {what} with the installed PEFT: {error}. Install peft>=0.21.", stacklevel=2
-                )
+                message = f"hf_gg does not support {what} with the installed PEFT: {error}. Install peft>=0.21."
+                warnings.warn(message, stacklevel=2)
 
 
 install()

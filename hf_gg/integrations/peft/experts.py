@@ -1,8 +1,8 @@
 """LoRA on fused experts (`target_parameters`) whose weights are codes.
 
-PEFT adds `B @ A` to the stack of weights while the layer runs. On codes that would be garbage, and decoding the stack would
-cost the memory that the codes save, so here the product is added in the experts' own projections, to the rows of each
-expert: the same numbers in another order of operations.
+PEFT adds `B @ A` to the stack of weights while the layer runs. On codes that would be garbage, and decoding the stack
+would cost the memory that the codes save, so here the product is added in the experts' own projections, to the rows of
+each expert: the same numbers in another order of operations.
 """
 
 from __future__ import annotations
@@ -12,35 +12,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...nn import RF8Experts
-from .layers import Backup, adapt_, merging, rebuild, unmerging, warn_merge
+from .layers import Adapted, merging, unmerging, warn_merge
 
 
-class RF8ParamWrapper:
-    """Mixed into `peft.tuners.lora.ParamWrapper` around RF8Experts. Make one with `adapt_experts_`."""
-
-    _gg_backup: Backup
-    parameter_name: str
-    merged_adapters: list[str]
+class RF8ParamWrapper(Adapted):
+    """Mixed into `peft.tuners.lora.ParamWrapper` around RF8Experts."""
 
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        added = [_factors(self, name) for name in active_adapters if name in self.lora_A]  # type: ignore[attr-defined]
+        added = [_factors(self, name) for name in active_adapters if name in self.lora_A]
         if not added:
             yield
             return
-        with _projections_with(self.get_base_layer(), self.parameter_name, added):  # type: ignore[attr-defined]
+        with _projection_with(self.get_base_layer(), self.parameter_name, added):
             yield
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]  # type: ignore[attr-defined]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        experts, parameter = self.get_base_layer(), self.parameter_name  # type: ignore[attr-defined]
+        experts, parameter = self.get_base_layer(), self.parameter_name
         with merging(self, experts, (parameter, f"{parameter}_scale")), torch.no_grad():
             weight = experts.dequantize(parameter)
             for name in names:
@@ -53,19 +48,10 @@ class RF8ParamWrapper:
 
     def unmerge(self) -> None:
         if not self.merged_adapters:
-            super().unmerge()  # type: ignore[misc]
+            super().unmerge()
             return
         with unmerging(self):
             self.merged_adapters.clear()
-
-    def __reduce_ex__(self, protocol):
-        mixin, base = type(self).__bases__
-        return rebuild, (mixin, base), self.__dict__
-
-
-def adapt_experts_(wrapper: nn.Module) -> None:
-    """Turn a ParamWrapper around RF8Experts into an RF8ParamWrapper, in place; once."""
-    adapt_(wrapper, RF8ParamWrapper)
 
 
 def _factors(wrapper: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -77,7 +63,7 @@ def _factors(wrapper: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float
 
 
 @contextlib.contextmanager
-def _projections_with(experts: RF8Experts, parameter: str, added: list) -> Iterator[None]:
+def _projection_with(experts: RF8Experts, parameter: str, added: list) -> Iterator[None]:
     """Let one projection of a module of experts add low-rank products, for the time of a forward pass."""
     outer = experts.__dict__.get("project")
     project = experts.project

@@ -12,14 +12,16 @@ from .view import float_weight
 
 
 def install_backend() -> None:
-    """PEFT's own interface to quantized layers, which some of its tuners use; and `get_layer_status` names the format."""
+    """PEFT's own interface to quantized layers, which some of its tuners use; `get_layer_status` shows it."""
     from peft.utils import quantization_utils
 
     from .backend import RF8Backend
 
     def make(original: Callable) -> Callable:
         def resolve_quantization_backend(base_layer, **kwargs):
-            return RF8Backend(base_layer) if isinstance(base_layer, QuantizedWeight) else original(base_layer, **kwargs)
+            if isinstance(base_layer, QuantizedWeight):
+                return RF8Backend(base_layer)
+            return original(base_layer, **kwargs)
 
         return resolve_quantization_backend
 
@@ -70,8 +72,9 @@ def install_loraga() -> None:
         def preprocess_loraga(model, lora_config, train_step, cache_file=None):
             if quantized_in(model) and not (cache_file is not None and os.path.exists(cache_file)):
                 raise NotImplementedError(
-                    "LoRA-GA needs gradients with respect to the base weights, and codes have none: prepare it on the "
-                    "model in full precision with `cache_file`, and give that file here; or use another initialization."
+                    "LoRA-GA needs gradients with respect to the base weights, and codes have none: prepare it on "
+                    "the model in full precision with `cache_file` and give that file here, or use another "
+                    "initialization."
                 )
             return original(model, lora_config, train_step, cache_file)
 

@@ -1,8 +1,8 @@
 """Creating adapters on quantized modules.
 
-PEFT decides by the class of a module which layer to make for it, and RF8Linear is an `nn.Linear`. While the layer is made,
-the weight is visible as numbers, for initializations that read it; afterwards the layer gets what `layers` and `experts`
-say.
+PEFT decides by the class of a module which layer to make for it, and RF8Linear is an `nn.Linear`. While the layer is
+made, the weight is visible as numbers, for initializations that read it; afterwards the layer gets what `layers` and
+`experts` say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from ...nn import RF8Experts, RF8Linear
 from ...nn.base import QuantizedWeight
 from . import rules
-from .experts import adapt_experts_
+from .experts import RF8ParamWrapper
 from .layers import adapt_, initializing, share_backups
 from .patching import wrap
 from .view import all_visible, as_plain_linear, model_dtype
@@ -51,7 +51,6 @@ def quantized_in(module: nn.Module) -> list[str]:
 
 def adapt_all(model: nn.Module) -> None:
     """Give every tuner layer around a quantized module what it needs."""
-    from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = []
@@ -62,9 +61,8 @@ def adapt_all(model: nn.Module) -> None:
         if isinstance(base, QuantizedWeight):
             adapt_(layer)
             adapted.append(layer)
-        elif isinstance(base, RF8Experts) and isinstance(layer, ParamWrapper):
-            if layer.parameter_name in base.quantized_names:
-                adapt_experts_(layer)
+        elif isinstance(base, RF8Experts) and getattr(layer, "parameter_name", None) in base.quantized_names:
+            adapt_(layer, RF8ParamWrapper)
     share_backups(adapted)
 
 

@@ -1,9 +1,9 @@
 """Tuner layers over quantized modules.
 
-A tuner layer of PEFT that wraps a quantized module becomes, in place, a subclass of its own class: its forward pass sees
-the base weight as numbers if it reads it at all, `merge` quantizes the sum again, and `unmerge` puts back the codes from
-before the first merge. For LoRA and the other tuners that only add to the layer's output, nothing is decoded beyond what
-the base layer does itself.
+A tuner layer of PEFT that wraps a quantized module becomes, in place, a subclass of its own class: its forward pass
+sees the base weight as numbers if it reads it at all, `merge` quantizes the sum again, and `unmerge` puts back the
+codes from before the first merge. For LoRA and the other tuners that only add to the layer's output, nothing is
+decoded beyond what the base layer does itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -66,28 +66,41 @@ class Backup:
         self._saved = []
 
 
-class RF8TunerLayer:
-    """Mixed into the class of a tuner layer whose base layer is quantized. Make one with `adapt_`."""
+# a tuner layer of any class at run time, which mypy cannot follow
+_TunerLayer: Any = object
+
+
+class Adapted(_TunerLayer):
+    """Base of what is mixed into the class of a tuner layer over a quantized module."""
 
     _gg_backup: Backup
-    _gg_unmergeable: str
-    merged_adapters: list[str]
-    get_base_layer: Callable[[], Any]
+
+    def __reduce_ex__(self, protocol):
+        # the class is made at run time: pickle by PEFT's own class
+        return _rebuild, type(self).__bases__, self.__dict__
+
+
+class RF8TunerLayer(Adapted):
+    """Mixed into the class of a tuner layer whose base layer is a QuantizedWeight."""
 
     def forward(self, *args: Any, **kwargs: Any):
         if not _reads_weight(self):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return _forward_with_weight(self, super().forward, args, kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
+        return _forward_with_weight(self, super().forward, args, kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         module = self.get_base_layer()
         if _being_written(module):  # some tuners merge again inside their merge
-            super().merge(*args, **kwargs)  # type: ignore[misc]
+            super().merge(*args, **kwargs)
             return
         if "_gg_unmergeable" in self.__dict__:
             raise ValueError(f"The adapter cannot be merged into {module.format} weights: {self._gg_unmergeable}.")
         with merging(self, module, ("weight", "weight_scale", "bias")), float_weight(module, writable=True) as visible:
-            super().merge(*args, **kwargs)  # type: ignore[misc]
+            try:
+                super().merge(*args, **kwargs)
+            except NotImplementedError as error:
+                tuner = rules.package(type(self)).upper()
+                raise NotImplementedError(f"PEFT cannot merge {tuner}: keep the adapter beside the model.") from error
             rounded = visible.commit()
         if rounded:
             warn_merge(module.format)
@@ -95,36 +108,32 @@ class RF8TunerLayer:
     def unmerge(self, *args: Any, **kwargs: Any) -> None:
         module = self.get_base_layer()
         if _being_written(module) or not self.merged_adapters:
-            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+            super().unmerge(*args, **kwargs)
             return
         with unmerging(self), float_weight(module, writable=True) as visible:
-            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+            super().unmerge(*args, **kwargs)
             if self.merged_adapters or self._gg_backup.layers > 1:  # another adapter stays merged
                 visible.commit()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         with initializing(self.get_base_layer()):
-            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+            super().update_layer(*args, **kwargs)
 
     def get_delta_weight(self, *args: Any, **kwargs: Any):
         module = self.get_base_layer()
         with contextlib.nullcontext() if current(module) else float_weight(module):
-            return super().get_delta_weight(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol):
-        # the class is made at run time: pickle by PEFT's own class
-        mixin, base = type(self).__bases__
-        return rebuild, (mixin, base), self.__dict__
+            return super().get_delta_weight(*args, **kwargs)
 
 
 def adapt_(layer: nn.Module, mixin: type = RF8TunerLayer) -> None:
     """Turn a tuner layer over a quantized module into a subclass of `mixin` and its own class, in place; once."""
     if not isinstance(layer, mixin):
         layer.__dict__["_gg_backup"] = Backup()
-        layer.__class__ = adapted_class(mixin, type(layer))
+        base: Any = type(layer)
+        layer.__class__ = _adapted_class(mixin, base)
 
 
-def share_backups(layers: list[RF8TunerLayer]) -> None:
+def share_backups(layers: Iterable[Any]) -> None:
     """Give layers over one weight the same backup."""
     backups: dict[int, Backup] = {}
     for layer in sorted(layers, key=lambda one: one._gg_backup.layers, reverse=True):
@@ -133,14 +142,19 @@ def share_backups(layers: list[RF8TunerLayer]) -> None:
 
 
 @functools.cache
-def adapted_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a tuner layer's class; PEFT looks at names of classes in places, so it has the same."""
+def _adapted_class(mixin: Any, base: Any) -> type[nn.Module]:
+    # PEFT looks at names of classes in places
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names)
 
 
+def _rebuild(mixin: Any, base: Any) -> nn.Module:
+    cls: Any = _adapted_class(mixin, base)
+    return cls.__new__(cls)
+
+
 @contextlib.contextmanager
-def merging(layer: Any, module: Any, names: tuple[str, ...]) -> Iterator[None]:
+def merging(layer: Any, module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """Around a merge into a module: back its parameters up, and undo the merge if it fails."""
     before, backup = list(layer.merged_adapters), Backup()
     backup.take(module, names)
@@ -154,31 +168,29 @@ def merging(layer: Any, module: Any, names: tuple[str, ...]) -> Iterator[None]:
         raise
     if bias is not None and bias.dtype != dtype:  # PEFT casts it to the dtype of the weight
         bias.data = bias.data.to(dtype)
-    if layer.merged_adapters == before:
-        return
-    if not before:
+    if layer.merged_adapters and not before:
         layer._gg_backup.adopt(backup)
-
-
-def warn_merge(format: str, what: str = "an adapter", undo: str = "`unmerge` restores the codes exactly. ") -> None:
-    """Say that merged weights were rounded to codes, and what is lost."""
-    warnings.warn(
-        f"Merging {what} into {format} weights rounds their sum to {format} again: a change that is small against a weight's "
-        f"rounding step is lost in it, and outputs differ from those before the merge. {undo}To keep all of the adapter, do "
-        "not merge it, or merge it into `model.dequantize()`.",
-        MergeWarning,
-        stacklevel=3,
-    )
 
 
 @contextlib.contextmanager
 def unmerging(layer: Any) -> Iterator[None]:
-    """Around an unmerge: the last one of a module brings back what the first merge backed up."""
+    """Around an unmerge: the last one of a weight brings back what the first merge backed up."""
     yield
     if not layer.merged_adapters:
         layer._gg_backup.layers -= 1
         if not layer._gg_backup.layers:
             layer._gg_backup.restore()
+
+
+def warn_merge(format: str, what: str = "an adapter", undo: str = "`unmerge` restores the codes exactly. ") -> None:
+    """Say that merged weights were rounded to codes, and what is lost."""
+    warnings.warn(
+        f"Merging {what} into {format} weights rounds their sum to {format} again: a change that is small against a "
+        f"weight's rounding step is lost in it, and outputs differ from those before the merge. {undo}To keep all of "
+        "the adapter, do not merge it, or merge it into `model.dequantize()`.",
+        MergeWarning,
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager
@@ -197,8 +209,8 @@ def initializing(module: Any, dtype: torch.dtype = torch.float32) -> Iterator[No
         changed = visible.commit()
     if changed:
         warnings.warn(
-            f"The adapter's initialization changed base weights, which were rounded to {module.format} again: the model "
-            "with the new adapter differs from the base model by that rounding.",
+            f"The adapter's initialization changed base weights, which were rounded to {module.format} again: the "
+            "model with the new adapter differs from the base model by that rounding.",
             MergeWarning,
             stacklevel=4,
         )
@@ -223,9 +235,3 @@ def _forward_with_weight(layer: Any, forward: Callable, args: tuple, kwargs: dic
     dtype = next((x.dtype for x in tensors if x.is_floating_point()), getattr(module, "compute_dtype", torch.float32))
     with float_weight(module, dtype):
         return forward(*args, **kwargs)
-
-
-def rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
-    """An empty tuner layer, for pickle and copy."""
-    cls = adapted_class(mixin, base)
-    return cls.__new__(cls)

@@ -1,7 +1,8 @@
 """`modules_to_save` with quantized modules in it.
 
-PEFT trains a copy of such a module beside the original. Codes cannot be trained, so the copy has float32 weights; it is saved
-with the adapter, and fits a model that is not quantized as well. Merging rounds it back into the original's codes.
+PEFT trains a copy of such a module beside the original. Codes cannot be trained, so the copy has float32 weights; it
+is saved with the adapter, and fits a model that is not quantized as well. Merging rounds it back into the original's
+codes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def float_copy(module: nn.Module) -> nn.Module:
         if isinstance(child, RF8Experts):
             child.restore_(torch.float32)
             continue
-        plain = child.to_embedding(torch.float32) if isinstance(child, RF8Embedding) else child.to_linear(torch.float32)
+        to_plain = child.to_embedding if isinstance(child, RF8Embedding) else child.to_linear
+        plain = to_plain(torch.float32)
         if not name:
             return plain
         parent, _, attribute = name.rpartition(".")
@@ -68,7 +70,8 @@ def float_copy(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def requantized(original: nn.Module, trained: nn.Module) -> nn.Module:
     """Write trained weights back into the module that they were copied from, rounded where it is quantized."""
-    modules, values = dict(trained.named_modules()), {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+    modules = dict(trained.named_modules())
+    values = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
     for name in quantized_in(original):
         child, source = original.get_submodule(name), modules[name]
         weights = child.quantized_names if isinstance(child, RF8Experts) else ("weight",)

@@ -62,8 +62,8 @@ def check(config: Any, base: Any, parameter_name: str | None) -> None:
         )
     if getattr(config, "runtime_offload_base_weight", False):
         raise NotImplementedError(
-            f"{tuner_name(config)} with runtime_offload_base_weight=True moves base weights between devices at each step, "
-            f"which {kind} does not support: leave it False."
+            f"{tuner_name(config)} with runtime_offload_base_weight=True moves base weights between devices at each "
+            f"step, which {kind} does not support: leave it False."
         )
     if parameter_name is None or (isinstance(base, RF8Experts) and parameter_name in base.quantized_names):
         return

@@ -1,7 +1,7 @@
 """Adapter files and quantized embeddings.
 
-With an embedding among the targets, PEFT puts the embedding's own weights into the adapter file too, because a vocabulary
-may have grown. As codes they would be garbage in a model that is not quantized, and the other way round.
+With an embedding among the targets, PEFT puts the embedding's own weights into the adapter file too, because a
+vocabulary may have grown. As codes they would be garbage in a model that is not quantized, and the other way round.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _get(original: Callable) -> Callable:
             del state[key], state[f"{key}_scale"]
         if codes and kwargs.get("save_embedding_layers") is True:
             warnings.warn(
-                f"save_embedding_layers=True: {codes[0]} is left out of the adapter, because it is quantized and belongs to "
-                "the base model's checkpoint.",
+                f"save_embedding_layers=True: {codes[0]} is left out of the adapter, because it is quantized and "
+                "belongs to the base model's checkpoint.",
                 stacklevel=2,
             )
         return state

@@ -10,7 +10,7 @@ class Support(NamedTuple):
 
     Attributes:
         merge: what merging does; empty where PEFT itself offers none.
-        reads: whether the forward pass decodes the base weight and keeps what autograd needs of it, as with a float base.
+        reads: whether the forward pass decodes the base weight and keeps what autograd needs of it.
         note: what else there is to know.
     """
 

@@ -1,9 +1,9 @@
 """A quantized module that shows its weight as numbers for a while.
 
 PEFT's tuners take `base_layer.weight` for a float matrix: they read it, add to its `data`, or replace it. Inside
-`float_weight` a quantized module answers such a read with the decoded weight, decoded when it is asked for and not before;
-its own forward pass still runs over the codes. What a tuner did to the weight is forgotten at the end, unless the caller
-commits it, which quantizes it again.
+`float_weight` a quantized module answers such a read with the decoded weight, decoded when it is asked for and not
+before; its own forward pass still runs over the codes. What a tuner did to the weight is forgotten at the end, unless
+the caller commits it, which quantizes it again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from ...nn.base import QuantizedWeight
 _ROW_SCALES = ("row", "absmax", "pow2")
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
 class FloatWeight:
     """The weight of one module while it is visible.
 
@@ -32,31 +34,35 @@ class FloatWeight:
         kept: whether the decoded weight is kept, so that changes last; without it, every read decodes again.
     """
 
-    def __init__(self, module: QuantizedWeight, dtype: torch.dtype, writable: bool, kept: bool):
+    def __init__(self, module: Any, dtype: torch.dtype, writable: bool, kept: bool):
         self.module, self.dtype, self.writable, self.kept = module, dtype, writable, kept
-        self._weight: nn.Parameter | torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None
 
-    def get(self) -> nn.Parameter | torch.Tensor:
-        """The decoded weight, [rows, columns]."""
-        weight = self._weight
-        if weight is None:
-            codes = self.module._parameters["weight"]
-            if hasattr(codes, "to_local"):
-                raise NotImplementedError(
-                    "This adapter reads the base weight, which is sharded over processes: use plain LoRA there, or one "
-                    "process."
-                )
-            if codes.is_meta:
-                decoded = torch.empty(codes.shape, dtype=self.dtype, device="meta")
-            else:
-                with hidden(self.module), torch.no_grad():
-                    decoded = self.module.dequantize(self.dtype)
-            weight = nn.Parameter(decoded, requires_grad=False)
-            if self.kept:
-                self._weight = weight
+    def get(self) -> torch.Tensor:
+        """The decoded weight, [rows, columns].
+
+        Raises:
+            NotImplementedError: the codes are split over processes.
+        """
+        if self._weight is not None:
+            return self._weight
+        codes = self.module._parameters["weight"]
+        if hasattr(codes, "placements"):
+            raise NotImplementedError(
+                "This needs the base weight as numbers, and its codes are split over processes: train LoRA without "
+                "variants there, and merge or initialize from weights in one process."
+            )
+        if codes.is_meta:
+            decoded = torch.empty(codes.shape, dtype=self.dtype, device="meta")
+        else:
+            with hidden(self.module), torch.no_grad():
+                decoded = self.module.dequantize(self.dtype)
+        weight = nn.Parameter(decoded, requires_grad=False)
+        if self.kept:
+            self._weight = weight
         return weight
 
-    def set(self, weight: nn.Parameter | torch.Tensor) -> None:
+    def set(self, weight: torch.Tensor) -> None:
         """Take another tensor for the weight."""
         self._weight = weight
 
@@ -76,12 +82,12 @@ class FloatWeight:
         """
         if self._weight is None or self._weight.is_meta:
             return False
-        new = self._weight.detach()
-        with hidden(self.module):
-            module = self.module
-            if new.shape != module.weight.shape:
-                raise ValueError(f"the new weight must have shape {tuple(module.weight.shape)}, got {tuple(new.shape)}.")
-            kept = new.to(self.dtype).eq(module.dequantize(self.dtype)).all(1)
+        module, new = self.module, self._weight.detach()
+        with hidden(module):
+            before = module.dequantize(self.dtype)
+            if new.shape != before.shape:
+                raise ValueError(f"the new weight must have shape {tuple(before.shape)}, got {tuple(new.shape)}.")
+            kept = new.to(self.dtype).eq(before).all(1)
             if bool(kept.all()):
                 return False
             codes, scale = module.weight[kept], module.weight_scale[kept]
@@ -91,7 +97,11 @@ class FloatWeight:
         return True
 
 
-class _Visible:
+# a module of another class at run time, which mypy cannot follow
+_Module: Any = object
+
+
+class _Visible(_Module):
     """Mixed into the class of a module whose weight is visible."""
 
     @property
@@ -132,7 +142,7 @@ def current(module: nn.Module) -> FloatWeight | None:
 
 @contextlib.contextmanager
 def float_weight(
-    module: QuantizedWeight, dtype: torch.dtype = torch.float32, writable: bool = False, kept: bool = True
+    module: Any, dtype: torch.dtype = torch.float32, writable: bool = False, kept: bool = True
 ) -> Iterator[FloatWeight]:
     """Let a quantized module show its weight as a float matrix.
 
@@ -142,7 +152,8 @@ def float_weight(
         writable: whether the caller may commit.
         kept: whether the decoded weight is kept between reads.
     """
-    outer, cls = module.__dict__.get("_float_weight"), type(module)
+    outer = module.__dict__.get("_float_weight")
+    cls: Any = type(module)
     visible = FloatWeight(module, dtype, writable, kept)
     module.__dict__["_float_weight"] = visible
     if not isinstance(module, _Visible):
@@ -176,8 +187,8 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def as_plain_linear(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a quantized linear layer be an `nn.Linear`, for code that asks for exactly that class and reads attributes."""
+def as_plain_linear(module: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a quantized linear layer be an `nn.Linear`, for code that insists on that class and only looks at it."""
     cls, codes = type(module), module._parameters["weight"]
     weight = FloatWeight(module, dtype, writable=False, kept=False).get()
     module.__class__, module._parameters["weight"] = nn.Linear, weight
@@ -188,7 +199,7 @@ def as_plain_linear(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hidden(module: nn.Module) -> Iterator[None]:
+def hidden(module: Any) -> Iterator[None]:
     """Let a module be itself inside `float_weight`."""
     cls = type(module)
     if isinstance(module, _Visible):
