@@ -22,7 +22,7 @@ import torch
 from _common import median_ratio, write_csv
 
 
-MODES = ("plain", "plain, touched", "quantize", "rf8")
+MODES = ("plain", "plain, touched", "quantize", "quantize, absmax", "rf8")
 
 
 def anonymous_bytes() -> int:
@@ -44,7 +44,9 @@ def load(mode: str, folder: str) -> dict:
     config = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_TINY))  # imports are not what is measured
     del config
     path = Path(folder, "rf8" if mode == "rf8" else "plain")
-    kwargs = {"quantization_config": GGConfig()} if mode == "quantize" else {}
+    kwargs = {}
+    if mode.startswith("quantize"):
+        kwargs["quantization_config"] = GGConfig(scale="absmax" if "absmax" in mode else "row")
     before, peak, running = anonymous_bytes(), [0], [True]
 
     def watch() -> None:

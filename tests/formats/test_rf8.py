@@ -249,6 +249,20 @@ def test_bad_input():
         fmt.decode(torch.ones(2, dtype=torch.int8))
 
 
+def test_every_reserved_state_is_found_wherever_it_stands():
+    fmt = get_format("rf8")
+    storage = torch.zeros(64, dtype=torch.uint8)
+    for code in range(256):
+        for start, length, position in ((0, 21, 20), (0, 16, 3), (3, 16, 7), (1, 9, 8), (0, 3, 1)):
+            codes = storage[start : start + length].fill_(0x7E)
+            codes[position] = code
+            if code in fmt.reserved:
+                with pytest.raises(ValueError, match=f"0x{code:02x} at flat index {position} "):
+                    fmt.validate(codes)
+            else:
+                fmt.validate(codes)
+
+
 def test_reserved_states_are_named():
     fmt = get_format("rf8")
     codes = torch.zeros(300, 300, dtype=torch.uint8)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_gg import GGConfig, quantize_
+from hf_gg.integrations.peft.view import model_dtype
 
 
 VOCABULARY = 96
@@ -142,7 +143,8 @@ def gpt2() -> PreTrainedModel:
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with decoded weights."""
-    return copy.deepcopy(model).dequantize(model.dtype)
+    # not `model.dtype`, which is that of the scales where embeddings are quantized
+    return copy.deepcopy(model).dequantize(model_dtype(model))
 
 
 def _randomize_biases(model: nn.Module) -> nn.Module:
@@ -193,13 +195,24 @@ def train(model: nn.Module, name: str = "", steps: int = 5) -> list[float]:
 
 def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of codes, scales and biases, by their names in the bare model."""
+    # a tuner that only adds a prompt has no model of its own between PeftModel and the bare one
+    prefix = "base_model.model." if hasattr(getattr(model, "base_model", None), "peft_config") else "base_model."
     names = {}
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.uint8 or name.endswith(("_scale", ".bias")):
-            names[name.removeprefix("base_model.model.").replace(".base_layer", "")] = parameter.detach().clone()
+            # what PEFT's wrappers put into the names
+            name = name.removeprefix(prefix)
+            name = name.replace(".base_layer", "").replace(".self_attn.model.", ".self_attn.")
+            names[name] = parameter.detach().clone()
     return names
+
+
+def untouched(model: nn.Module, base: nn.Module) -> bool:
+    """Whether codes, scales and biases are bit for bit those of the bare model."""
+    expected, found = base_state(base), base_state(model)
+    return same(expected, {name: found.get(name) for name in expected})
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(b[name] is not None and torch.equal(a[name], b[name]) for name in a)

@@ -13,7 +13,7 @@ import adapters
 import peft
 import pytest
 import torch
-from adapters import CONFIGS, attach, base_state, load, logits, lora, plain, same, train
+from adapters import CONFIGS, attach, base_state, load, logits, lora, plain, same, train, untouched
 
 from hf_gg.integrations.peft import MergeWarning, helpers, injection, install, support, view
 from hf_gg.integrations.peft.layers import RF8TunerLayer
@@ -54,7 +54,7 @@ def test_adapter_is_that_of_the_decoded_model(name, tmp_path):
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     expected = logits(model, name)
     assert (expected - logits(base)).abs().max() > 1e-3
-    assert same(base_state(base), {k: v for k, v in base_state(model).items() if k in base_state(base)})
+    assert untouched(model, base)
 
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(copy.deepcopy(base), tmp_path), name), expected)
@@ -73,7 +73,7 @@ def test_training_is_that_of_the_decoded_model(name):
     losses = train(model, name)
     assert losses[-1] < losses[0]
     assert losses == pytest.approx(train(attach(twin, CONFIGS[name]()), name), abs=2e-4)
-    assert same(base_state(base), {k: v for k, v in base_state(model).items() if k in base_state(base)})
+    assert untouched(model, base)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -184,6 +184,18 @@ def test_xlora(tmp_path):
     model, twin = make(copy.deepcopy(base)), make(plain(base))
     torch.testing.assert_close(logits(model), logits(twin), atol=1e-5, rtol=1e-5)
     assert train(model) == pytest.approx(train(twin), abs=2e-4)
+
+
+def test_miss_bat(tmp_path):
+    base = adapters.llama()
+    model = attach(copy.deepcopy(base), peft.MissConfig(r=4, target_modules=adapters.TARGETS, init_weights="bat"))
+    losses = train(model)
+    twin = attach(plain(base), peft.MissConfig(r=4, target_modules=adapters.TARGETS, init_weights="bat"))
+    assert losses == pytest.approx(train(twin), abs=2e-4)
+    codes = base_state(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same(base_state(model), codes)
 
 
 def test_layers_are_stock_on_a_float_model():
@@ -308,6 +320,7 @@ def test_low_cpu_mem_usage(tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.slow
 def test_lora_compiles_and_others_break_the_graph():
     model = attach(adapters.llama(), lora())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
