@@ -8,6 +8,7 @@ of tensor and expert parallelism are cut from the file as ever, for any width. (
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 from .. import ops
 from ..formats import get_format
@@ -187,6 +189,32 @@ def unpack_conversions(model: nn.Module) -> list[WeightConverter]:
 def is_unpack(conversion) -> bool:
     """Whether a conversion is one of `unpack_conversions`."""
     return any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
+
+
+def mark_all_saved_codes() -> None:
+    """Have Transformers save codes in their form for files from any model that holds some, not only the quantized one.
+
+    A part of a quantized model (`model.model.save_pretrained`), or a model that got a quantized part, has no
+    conversions of its own: its codes would be stored in the shape of weights, which Transformers alone takes for
+    weights.
+    """
+    from transformers import modeling_utils  # may be half imported when this module is
+
+    original = modeling_utils.revert_weight_conversion
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def revert_weight_conversion(model, state_dict):
+        conversions = getattr(model, "_weight_conversions", None)
+        if any(True for _ in code_parameters(model)) and not any(map(is_unpack, conversions or [])):
+            if conversions is None:
+                conversions = get_model_conversion_mapping(model, add_legacy=False)
+                conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+            model._weight_conversions = split_conversions(model, conversions)[0] + unpack_conversions(model)
+        return original(model, state_dict)
+
+    modeling_utils.revert_weight_conversion = revert_weight_conversion
 
 
 def split_conversions(model: nn.Module, conversions: list) -> tuple[list, list]:

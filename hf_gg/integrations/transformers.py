@@ -507,6 +507,7 @@ def _prepare_for_saving(
     config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
     config.format_version = FORMAT_VERSION
     saving.install(model)
+    checkpoint.mark_all_saved_codes()
     if any(isinstance(module, QuantizedWeight) for module in selection.embedding_modules(model)):
         model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
 

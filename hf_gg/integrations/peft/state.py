@@ -27,7 +27,11 @@ def install() -> None:
 def _get(original: Callable) -> Callable:
     def get_peft_model_state_dict(model, *args, **kwargs):
         state = original(model, *args, **kwargs)
-        codes = [key for key, value in state.items() if value.dtype == torch.uint8 and f"{key}_scale" in state]
+        codes = [
+            key
+            for key, value in state.items()
+            if getattr(value, "dtype", None) == torch.uint8 and f"{key}_scale" in state
+        ]
         for key in codes:
             del state[key], state[f"{key}_scale"]
         if codes and kwargs.get("save_embedding_layers") is True:
