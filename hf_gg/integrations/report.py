@@ -79,9 +79,10 @@ def quantization_report(model: nn.Module, reference: nn.Module | None = None) ->
     Of a model that is split over processes every process must call it; each gets the report of the whole.
 
     Raises:
-        ValueError: the model has no quantized module.
+        ValueError: the model was not loaded or quantized with `GGConfig`.
     """
-    if not any(True for _ in quantized_modules(model)):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not any(True for _ in quantized_modules(model)) and not hasattr(quantizer, "skipped"):
         raise ValueError("The model has no quantized module: load it with quantization_config=GGConfig().")
     originals = dict(reference.named_parameters(remove_duplicate=False)) if reference is not None else {}
     rows, quantized, scales, seen = [], 0, 0, set()

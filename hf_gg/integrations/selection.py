@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import textwrap
+import warnings
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -50,6 +51,15 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
     patterns = list(config.modules_to_not_convert or [])
     reasons = {} if from_checkpoint else _reasons_to_skip(model, config)
     prefix = getattr(model, "base_model_prefix", "")
+    if not from_checkpoint:
+        names = [name for name, _ in model.named_modules()]
+        idle = [pattern for pattern in patterns if not any(_matches(name, [pattern], prefix) for name in names)]
+        if idle:
+            warnings.warn(
+                f"modules_to_not_convert: {', '.join(map(repr, idle))} matches no module of {type(model).__name__}. "
+                "Give a module's whole name, its end or its beginning, or a regular expression such as '.*self_attn.*'.",
+                stacklevel=2,
+            )
     (input_embeddings, _), ties = embedding_modules(model), _tied_modules(model)
     inputs = {name for name, module in model.named_modules() if module is input_embeddings}
     inputs.update(*(ties.get(name, ()) for name in inputs))
@@ -60,7 +70,8 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
         if kind == "embeddings" and not (config.quantize_embeddings and name in inputs):
             selection.skipped[name] = "embedding"
         elif kind == "other":
-            selection.skipped[name] = f"{type(module).__name__} keeps matrices of its own, no linear layer"
+            what = "an embedding" if isinstance(module, nn.Embedding) else "a layer"
+            selection.skipped[name] = f"{type(module).__name__}: {what} that computes with its matrices in its own way"
         elif name in reasons:
             selection.skipped[name] = reasons[name]
         elif _matches(name, patterns, prefix):

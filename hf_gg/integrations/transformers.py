@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import __version__ as transformers_version
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -287,8 +288,15 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     Raises:
         ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
             the model is then unchanged.
+        TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
+    if not isinstance(config, GGConfig):
+        raise TypeError(f"config must be a GGConfig, got {type(config).__name__}.")
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(
+            f"quantize_ takes a Transformers model, got {type(model).__name__}. Single layers: RF8Linear.from_linear."
+        )
     if getattr(model, "is_quantized", False) or any(True for _ in selection.quantized_modules(model)):
         method = getattr(model, "quantization_method", METHOD)
         raise ValueError(
@@ -542,7 +550,7 @@ def _check_quantizable(name: str, weight: torch.Tensor) -> None:
 def _summary(skipped: dict[str, str]) -> str:
     if not skipped:
         return "it has no linear layer"
-    name, reason = next(iter(skipped.items()))
+    name, reason = next((item for item in skipped.items() if item[1] != "embedding"), next(iter(skipped.items())))
     return f"{name}: {reason}" + (f", and {len(skipped) - 1} more" if len(skipped) > 1 else "")
 
 
