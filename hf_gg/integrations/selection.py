@@ -57,7 +57,8 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
         if idle:
             warnings.warn(
                 f"modules_to_not_convert: {', '.join(map(repr, idle))} matches no module of {type(model).__name__}. "
-                "Give a module's whole name, its end or its beginning, or a regular expression such as '.*self_attn.*'.",
+                "Give a module's whole name, its end or its beginning, or a regular expression such as "
+                "'.*self_attn.*'.",
                 stacklevel=2,
             )
     (input_embeddings, _), ties = embedding_modules(model), _tied_modules(model)
