@@ -24,7 +24,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-_STAGING, _OTHER, _INDEX = ".saving-", "new-", ".safetensors.index.json"
+_STAGING, _KEPT, _OTHER, _INDEX = ".saving-", ".previous-", "new-", ".safetensors.index.json"
 # without a variant: `model.fp16.safetensors` may well stand beside it
 _WEIGHT_FILES = re.compile(r"(new-)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -125,7 +125,12 @@ def _wait(model: nn.Module) -> None:
 
 
 def _publish(staging: str, directory: str) -> None:
-    """Move complete files over. At every moment the folder holds one whole set of weights, the old one or the new."""
+    """Move complete files over. At every moment the folder holds one whole set of weights, the old one or the new.
+
+    Weights and config are two files and two renames. So the old checkpoint keeps second names in a folder of its own,
+    from which it loads, until both are there.
+    """
+    _keep_old(directory)
     files = sorted(os.listdir(staging))
     weights = [file for file in files if _WEIGHT_FILES.fullmatch(file)]
     shards = [file for file in weights if not file.endswith(_INDEX)]
@@ -143,6 +148,22 @@ def _publish(staging: str, directory: str) -> None:
                 os.remove(os.path.join(directory, file))
     if "config.json" in files:
         _move(staging, directory, "config.json")
+    for file in os.listdir(directory):
+        if file.startswith(_KEPT):
+            shutil.rmtree(os.path.join(directory, file), ignore_errors=True)
+
+
+def _keep_old(directory: str) -> None:
+    """Link the checkpoint of a folder into a new folder inside; nothing where there is none, or no links."""
+    old = [file for file in os.listdir(directory) if _WEIGHT_FILES.fullmatch(file) or file == "config.json"]
+    if "config.json" not in old or len(old) < 2:
+        return
+    kept = tempfile.mkdtemp(prefix=_KEPT, dir=directory)
+    try:
+        for file in old:
+            os.link(os.path.join(directory, file), os.path.join(kept, file))
+    except OSError:  # a file system without links
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def _move(staging: str, directory: str, file: str) -> None:

@@ -661,6 +661,44 @@ def test_a_save_killed_between_two_moves_leaves_one_whole_checkpoint(
     assert all(".saving-" not in p.name and "new-" not in p.name for p in target.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("size", ["60KB", "1GB"])
+def test_the_old_checkpoint_of_another_format_survives_every_kill(tmp_path, size):
+    old, new = quantize_(LLAMA.model()), quantize_(LLAMA.model(), GGConfig("rf8x"))
+    expected = [LLAMA.logits(old), LLAMA.logits(new)]
+    moves, finished, from_previous = 0, False, 0
+    while not finished:
+        target = tmp_path / str(moves)
+        old.save_pretrained(target, max_shard_size=size)
+        steps = []
+
+        def step(function, steps=steps, limit=moves):
+            def call(*args, **kwargs):
+                steps.append(args)
+                if len(steps) > limit:
+                    die()
+                return function(*args, **kwargs)
+
+            return call
+
+        def save(target=target, step=step):
+            os.replace, os.remove = step(os.replace), step(os.remove)
+            new.save_pretrained(target, max_shard_size=size)
+
+        finished = in_a_child(save) == 0
+        try:
+            logits = LLAMA.logits(load(target))
+        except ValueError:
+            [previous] = target.glob(".previous-*")
+            logits, from_previous = LLAMA.logits(load(previous)), from_previous + 1
+            assert torch.equal(logits, expected[0])
+        assert any(torch.equal(logits, wanted) for wanted in expected)
+        new.save_pretrained(target)
+        assert not list(target.glob(".previous-*")) and not list(target.glob(".saving-*"))
+        moves += 1
+    assert from_previous  # there is such a moment
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(old_and_new, monkeypatch):
     from transformers import modeling_utils
 
