@@ -1,7 +1,8 @@
 """Sources, placements, dtypes and options of loading, and what one does with a loaded model."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
