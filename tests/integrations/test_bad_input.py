@@ -620,6 +620,26 @@ def test_a_killed_save_leaves_the_old_checkpoint(old_and_new, monkeypatch, momen
     assert torch.equal(LLAMA.logits(load(folder)), LLAMA.logits(new))
 
 
+def save_killed_at(move, model, target, size):
+    """The exit code of a process that saves `model`, killed before the rename or removal of that number."""
+    steps = []
+
+    def step(function):
+        def call(*args, **kwargs):
+            steps.append(args)
+            if len(steps) > move:
+                die()
+            return function(*args, **kwargs)
+
+        return call
+
+    def save():
+        os.replace, os.remove = step(os.replace), step(os.remove)
+        model.save_pretrained(target, max_shard_size=size)
+
+    return in_a_child(save)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("old_size", "new_size"), [("60KB", "60KB"), ("60KB", "1GB"), ("1GB", "60KB")])
 @pytest.mark.parametrize("links", [True, False])
@@ -634,22 +654,7 @@ def test_a_save_killed_between_two_moves_leaves_one_whole_checkpoint(
     while "finished" not in results:
         target = tmp_path / str(moves)
         old.save_pretrained(target, max_shard_size=old_size)
-        steps = []
-
-        def step(function, steps=steps, limit=moves):
-            def call(*args, **kwargs):
-                steps.append(args)
-                if len(steps) > limit:
-                    die()
-                return function(*args, **kwargs)
-
-            return call
-
-        def save(target=target, step=step):
-            os.replace, os.remove = step(os.replace), step(os.remove)
-            new.save_pretrained(target, max_shard_size=new_size)
-
-        if in_a_child(save) == 0:
+        if save_killed_at(moves, new, target, new_size) == 0:
             results.append("finished")
         logits = LLAMA.logits(load(target))
         results.append("old" if torch.equal(logits, old_logits) else "new" if torch.equal(logits, new_logits) else "?")
@@ -670,22 +675,7 @@ def test_the_old_checkpoint_of_another_format_survives_every_kill(tmp_path, size
     while not finished:
         target = tmp_path / str(moves)
         old.save_pretrained(target, max_shard_size=size)
-        steps = []
-
-        def step(function, steps=steps, limit=moves):
-            def call(*args, **kwargs):
-                steps.append(args)
-                if len(steps) > limit:
-                    die()
-                return function(*args, **kwargs)
-
-            return call
-
-        def save(target=target, step=step):
-            os.replace, os.remove = step(os.replace), step(os.remove)
-            new.save_pretrained(target, max_shard_size=size)
-
-        finished = in_a_child(save) == 0
+        finished = save_killed_at(moves, new, target, size) == 0
         try:
             logits = LLAMA.logits(load(target))
         except ValueError:
