@@ -17,8 +17,8 @@ class GeneralizedGaussian(Distribution):
 
         GeneralizedGaussian(loc=0.0, scale=0.02, shape=1.2).log_prob(weights)
 
-    Values and gradients in every parameter are accurate for shapes 0.05 and above. Incomplete gamma functions are computed
-    in float64 whatever the dtype of the parameters; bfloat16 and float16 parameters are computed in float32.
+    Values and gradients in every parameter are accurate for shapes from 0.05 to 8 and beyond. Incomplete gamma functions
+    are computed in float64 whatever the dtype of the parameters; bfloat16 and float16 are computed in float32.
 
     Args:
         loc: μ, number or tensor.
@@ -44,7 +44,9 @@ class GeneralizedGaussian(Distribution):
     ) -> None:
         for name, value in (("loc", loc), ("scale", scale), ("shape", shape)):
             if isinstance(value, torch.Tensor) and not value.is_floating_point():
-                raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}: convert it with .float().")
+                raise TypeError(
+                    f"{name} must be a floating point tensor, got {value.dtype}: convert it with .float()."
+                )
         self.loc, self.scale, self.shape = broadcast_all(loc, scale, shape)
         super().__init__(self.loc.shape, validate_args=validate_args)
 

@@ -14,12 +14,19 @@ Everything here is float64, and element-wise without looking at values, so that 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
+# Values handled at once on a CPU.
+_BLOCK = 1 << 13
 # Terms that reach full float64 precision for shapes from 0.05 on.
 _FRACTION_TERMS = 60
 _SERIES_TERMS = 110
+_STEPS = 6
 _DEEP = 30.0
 _DEEP_TERMS = 30
 
@@ -54,6 +61,23 @@ def implicit_sample(z: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     return _ImplicitSample.apply(z, shape)
 
 
+def _blockwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an element-wise function of two tensors of one shape block by block on a CPU: its many temporaries stay in
+    the cache, which is up to a hundred times faster."""
+
+    @functools.wraps(function)
+    def run(x: torch.Tensor, y: torch.Tensor) -> Any:
+        if x.numel() <= _BLOCK or x.device.type != "cpu":
+            return function(x, y)
+        parts = [function(*pair) for pair in zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK))]
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(p).view(x.shape) for p in zip(*parts))
+        return torch.cat(parts).view(x.shape)
+
+    return run
+
+
+@_blockwise
 def _log_tail_value(z: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     a, t = shape.reciprocal(), power(z, shape)
     deep = t > torch.clamp(2 * a, min=_DEEP)
@@ -65,6 +89,7 @@ def _log_tail_value(z: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     return torch.where(deep, a * far.log() - far - torch.lgamma(a) - fraction.log(), shallow)
 
 
+@_blockwise
 def _log_tail_slopes(z: torch.Tensor, shape: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The derivatives of ln P(|Z| > z) in z and in ν."""
     a, t = shape.reciprocal(), power(z, shape)
@@ -112,32 +137,44 @@ def _series(a: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return value, slope
 
 
+@_blockwise
 def _magnitude(p: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """|z| of the quantile: Newton's method in ln z on the body, in t = z^ν on the tail."""
+    """|z| of the quantile: Halley's method in ln z on the body, in t = z^ν on the tail."""
     a = shape.reciprocal()
     central = (2 * p - 1).abs()
     tail = 2 * torch.minimum(p, 1 - p)
     is_body = central < 0.5
     log_density = shape.log() - torch.lgamma(a)
 
-    # From the left of the root of a concave function, every step stays on the left.
     goal = torch.where(is_body & (central > 0), central, 0.25).log()
-    u = goal + torch.lgamma(a + 1)
-    for _ in range(9):
+    guess = _wilson_hilferty(a, torch.special.ndtri(goal.exp()))
+    u = torch.maximum(goal + torch.lgamma(a + 1), torch.where(a >= 1, a * guess.clamp_min(1e-30).log(), -torch.inf))
+    for _ in range(_STEPS):
         z = u.exp()
+        t = power(z, shape)
         value = log_body(z, shape)
-        u = u + (goal - value) / (log_density - power(z, shape) + u - value).exp()
+        slope = (log_density - t + u - value).exp()
+        step = (goal - value) / slope
+        u = u + step / (1 + step / 2 * (1 - shape * t - slope)).clamp_min(0.5)
     body = torch.where(central > 0, u.exp(), 0.0)
 
     goal = torch.where(is_body | (tail <= 0), 0.5, tail).log()
     first = -goal - torch.lgamma(a)
     t = torch.maximum(first + (a - 1) * first.clamp_min(1.0).log(), 0.3 * a)
-    for _ in range(14):
+    t = torch.where(a >= 1, torch.maximum(_wilson_hilferty(a, -torch.special.ndtri(goal.exp())), 0.3 * a), t)
+    for _ in range(_STEPS):
         value = _log_tail_value(t.pow(a), shape)
-        slope = -((a - 1) * t.log() - t - torch.lgamma(a) - value).exp()
-        t = torch.minimum(torch.maximum(t - (value - goal) / slope, 0.2 * t), 5 * t + 1)
+        hazard = ((a - 1) * t.log() - t - torch.lgamma(a) - value).exp()
+        step = (value - goal) / hazard
+        step = step / (1 + step / 2 * ((a - 1) / t - 1 + hazard)).clamp_min(0.5)
+        t = torch.minimum(torch.maximum(t + step, 0.2 * t), 5 * t + 1)
     far = torch.where(tail > 0, t.pow(a), torch.inf)
     return torch.where(is_body, body, far)
+
+
+def _wilson_hilferty(a: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    """About the quantile of a gamma variable of shape `a` where a standard Gaussian has `normal`; may be negative."""
+    return a * (1 - 1 / (9 * a) + normal / (3 * a.sqrt())).pow(3)
 
 
 class _LogTail(torch.autograd.Function):
