@@ -136,7 +136,7 @@ def _common_generator(mesh, device: torch.device, generator: torch.Generator | N
     if generator is None:
         generator = _default_generator(device)
     own = generator.get_state()
-    shared = own.to(_communication_device(mesh))
+    shared = own.clone().to(_communication_device(mesh))
     for dim in range(mesh.ndim):
         group = mesh.get_group(dim)
         dist.broadcast(shared, dist.get_global_rank(group, 0), group=group)

@@ -105,8 +105,8 @@ def gg_init_(
             for target in plain.matrices(part):
                 plain.deviation(init, *target)  # raises before anything is drawn
     with torch.no_grad():
-        for (_, module, parameter), deviation in zip(rest, deviations):
-            gg_(parameter, deviation, init.shape)
+        for (_, module, parameter), value in zip(rest, deviations):
+            gg_(parameter, value, init.shape)
             plain.zero_padding_(module)
         for part in own:
             _initialize_again(part, init)

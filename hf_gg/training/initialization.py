@@ -109,9 +109,9 @@ def gg_init_(
     if any(hasattr(module, "_init_weights") for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has an initializer of its own (`_init_weights`): use hf_gg.gg_init_.")
     targets = check_matrices(model)
-    deviations = [deviation(init, name, module, parameter) for name, module, parameter in targets]
-    for (_, module, parameter), deviation in zip(targets, deviations):
-        gg_(parameter, deviation, init.shape, generator)
+    deviations = [deviation(init, *target) for target in targets]
+    for (_, module, parameter), value in zip(targets, deviations):
+        gg_(parameter, value, init.shape, generator)
         zero_padding_(module)
     return model
 
