@@ -11,31 +11,40 @@ TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost
 if TYPE_CHECKING:
     from . import ggd as ggd
     from .formats import get_format as get_format
+    from .integrations.initialization import gg_init as gg_init
+    from .integrations.initialization import gg_init_ as gg_init_
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
     from .integrations.transformers import quantize_ as quantize_
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
+    from .training.initialization import GGInit as GGInit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GGConfig",
+    "GGInit",
     "RF8Experts",
     "RF8Linear",
     "__version__",
     "get_format",
     "ggd",
+    "gg_init",
+    "gg_init_",
     "quantization_report",
     "quantize_",
 ]
 
 _HOME = {
     "GGConfig": "hf_gg.integrations.transformers",
+    "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
     "get_format": "hf_gg.formats",
     "ggd": "hf_gg",
+    "gg_init": "hf_gg.integrations.initialization",
+    "gg_init_": "hf_gg.integrations.initialization",
     "quantization_report": "hf_gg.integrations.transformers",
     "quantize_": "hf_gg.integrations.transformers",
 }

@@ -6,6 +6,7 @@ from .distribution import GeneralizedGaussian
 from .fitting import fit, fit_many, fit_stream
 from .moments import Moments
 from .result import GGDFit
+from .sampling import gg_
 from .special import SHAPE_MAX, SHAPE_MIN, moment_ratio, shape_from_ratio
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "fit",
     "fit_many",
     "fit_stream",
+    "gg_",
     "moment_ratio",
     "shape_from_ratio",
 ]

@@ -9,6 +9,7 @@ conversion.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import types
@@ -29,7 +30,9 @@ from ..formats.rf8 import check_rounding
 from ..formats.scaling import check_scale
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import QuantizedWeight
+from ..training.initialization import GGInit
 from . import checkpoint, fsdp, gguf, saving, selection
+from .initialization import drawing
 from .report import quantization_report
 
 
@@ -57,6 +60,8 @@ class GGConfig(QuantizationConfigMixin):
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any
             load.
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
+        init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new classification
+            head). Kept in `config.json`; may be given at any load. Without it the model's own initializer draws.
         format_version: of the checkpoint; set by the library.
 
     Raises:
@@ -74,6 +79,7 @@ class GGConfig(QuantizationConfigMixin):
         experts: bool = True,
         backend: str = "auto",
         dequantize: bool = False,
+        init: GGInit | dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -107,6 +113,11 @@ class GGConfig(QuantizationConfigMixin):
                 raise ValueError(f"{key} must be True or False, got {value!r}.")
         self.quantize_embeddings, self.quantize_lm_head = quantize_embeddings, quantize_lm_head
         self.experts, self.dequantize = experts, dequantize
+        if isinstance(init, dict):
+            init = GGInit.from_dict(init)
+        if init is not None and not isinstance(init, GGInit):
+            raise ValueError(f"init must be a GGInit or a dict of its keys, got {init!r}.")
+        self.init = init
         if isinstance(format_version, bool) or format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"format_version {format_version!r} is not one that this hf_gg reads "
@@ -120,11 +131,15 @@ class GGConfig(QuantizationConfigMixin):
         attributes: dict[str, Any] = {"backend": self.backend, "dequantize": self.dequantize}
         if self._format_given:
             attributes["_format_wanted"] = self.weight_format
+        if self.init is not None:
+            attributes["init"] = self.init
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
-        return {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        init = values.pop("init")
+        return values if init is None else values | {"init": dataclasses.asdict(init)}
 
     def module_options(self) -> dict[str, str]:
         """Keyword arguments of the quantized modules."""
@@ -190,7 +205,7 @@ class GGHfQuantizer(HfQuantizer):
             logger.warning(f"No module of {type(model).__name__} was quantized: {_summary(chosen.skipped)}.")
         self.skipped = chosen.skipped
         selection.convert_on_meta(model, chosen, self.quantization_config)
-        _guard_initialization(model, self.skipped)
+        _guard_initialization(model, self.skipped, self.quantization_config.init)
 
     def update_weight_conversions(self, weight_conversions, model):
         if self._gguf:
@@ -230,7 +245,8 @@ class GGHfQuantizer(HfQuantizer):
     # --- after loading ---
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        self.skipped.update(finish_loading(model))
+        with drawing(self.quantization_config.init):
+            self.skipped.update(finish_loading(model))
         # a GGUF file's own conversions are not those of the checkpoint to save
         conversions = None if self._gguf and self._gguf.in_blocks else getattr(model, "_weight_conversions", None)
         _prepare_for_saving(model, self.quantization_config, self, conversions)
@@ -389,18 +405,19 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
     return fresh
 
 
-def _guard_initialization(model: nn.Module, skipped: dict[str, str]) -> None:
-    """Keep the model's initializers, which run before loading ends, away from codes.
+def _guard_initialization(model: nn.Module, skipped: dict[str, str], init: GGInit | None) -> None:
+    """Keep the model's initializers, which run before loading ends, away from codes, and have them draw as `init` says.
 
     Some initialize the weights of their children by name, codes or not.
     """
 
     def initialize_weights(self):
         del self.initialize_weights
-        skipped.update(replace_absent(self))
-        for _, module, weight in selection.code_parameters(self):
-            module._parameters[weight]._is_hf_initialized = True  # also what is offloaded to disk
-        self.initialize_weights()
+        with drawing(init):
+            skipped.update(replace_absent(self))
+            for _, module, weight in selection.code_parameters(self):
+                module._parameters[weight]._is_hf_initialized = True  # also what is offloaded to disk
+            self.initialize_weights()
 
     model.initialize_weights = types.MethodType(initialize_weights, model)
 

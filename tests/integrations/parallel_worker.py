@@ -25,7 +25,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from hf_gg import GGConfig, RF8Experts, RF8Linear, quantization_report
+from hf_gg import GGConfig, RF8Experts, RF8Linear, gg_init, gg_init_, quantization_report
+from hf_gg.ggd.sampling import gg_
 from hf_gg.integrations.selection import code_parameters
 
 
@@ -320,6 +321,86 @@ def check(table: dict):
         return function
 
     return register
+
+
+def same_draws(path: Path, auto, parallel: dict) -> None:
+    """Weights that a checkpoint has not: over processes the draws of one, and loaded weights as they are."""
+    found = []
+    for distributed in (None, DistributedConfig(**parallel)):
+        torch.manual_seed(9)
+        with gg_init(shape=0.5):
+            model = auto.from_pretrained(path, num_labels=5, dtype=torch.float32, distributed_config=distributed)
+        found.append({name: whole(value) for name, value in model.state_dict().items()})
+    stored = tensors(path)
+    assert any(name not in stored for name in found[0])
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+        assert name not in stored or torch.equal(stored[name], value), name
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@check(FAST)
+def initialization():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    # shards, also uneven ones, hold their part of what one process draws, and generators stay in step
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for shape in (0.5, 2.0):
+        for placement in (Shard(0), Shard(1), Replicate(), _StridedShard(1, split_factor=2)):
+            torch.manual_seed(4)
+            wanted, after = gg_(torch.empty(7, 12), 1.0, shape), torch.rand(3)
+            tensor = distribute_tensor(torch.zeros(7, 12), mesh, [placement])
+            torch.manual_seed(4)
+            assert torch.equal(gg_(tensor, 1.0, shape).full_tensor(), wanted), placement
+            assert torch.equal(torch.rand(3), after)
+            # where they are not, the first process has its way, and the others keep theirs
+            torch.manual_seed(4 + dist.get_rank())
+            own = torch.rand(3) if dist.get_rank() else after
+            torch.manual_seed(4 + dist.get_rank())
+            assert torch.equal(gg_(tensor, 1.0, shape).full_tensor(), wanted), placement
+            assert torch.equal(torch.rand(3), own)
+    embedding = nn.Embedding(7, 4, padding_idx=5)
+    fully_shard(embedding, mesh=mesh)
+    weight = whole(gg_init_(embedding, shape=1.0).weight)
+    assert not weight[5].any() and weight.count_nonzero() == 24
+
+    # models that are sharded by hand, from memory and from the meta device
+    for family in ("tied", "qwen3_moe", "gpt_oss"):
+        reference = tf.AutoModelForCausalLM.from_config(FAMILIES[family]())
+        torch.manual_seed(6)
+        wanted = gg_init_(reference, shape=0.5).state_dict()
+        for start in ("cpu", "meta"):
+            with torch.device(start):
+                model = tf.AutoModelForCausalLM.from_config(FAMILIES[family]())
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            model.to_empty(device="cpu")
+            torch.manual_seed(6)
+            gg_init_(model, shape=0.5)
+            found = model.state_dict()
+            assert all(torch.equal(whole(found[name]), wanted[name]) for name in wanted), (family, start)
+            assert any(isinstance(value, DTensor) for value in found.values())
+            assert difference(logits(model), logits(reference)) <= TOLERANCE
+
+    # weights that a checkpoint has not
+    same_draws(full_precision("llama"), tf.AutoModelForSequenceClassification, FSDP)
+    part = FOLDER / "llama" / "part"
+    if dist.get_rank() == 0:
+        shutil.copytree(full_precision("llama"), part)
+        kept = {name: value for name, value in tensors(part).items() if "layers.1.mlp" not in name}
+        for file in part.glob("*.safetensors*"):
+            file.unlink()
+        save_file(kept, part / "model.safetensors", {"format": "pt"})
+    dist.barrier()
+    for parallel in (FSDP, TP):
+        same_draws(part, tf.AutoModelForCausalLM, parallel)
 
 
 @check(FAST)
