@@ -96,8 +96,8 @@ def write_header(header: Header) -> bytes:
             body += _varint(length)
     body += bytes(-len(body) % 4)
     fixed = MAGIC + bytes((VERSION, header.coder, header.model, len(header.shape)))
-    size = (_FIXED + len(body)).to_bytes(4, "little")
-    return fixed + _crc(fixed, size, body) + size + bytes(body)
+    rest = (_FIXED + len(body)).to_bytes(4, "little") + bytes(body)
+    return fixed + _crc(fixed, rest) + rest
 
 
 def read_header(payload: np.ndarray, name: str) -> Header:
@@ -210,7 +210,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _crc(*parts: bytes | bytearray) -> bytes:
+def _crc(*parts: bytes) -> bytes:
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
