@@ -103,33 +103,30 @@ def decode(
         out: contiguous uint8 tensor of the payload's shape on the CPU that is filled and returned.
 
     Returns:
-        uint8 tensor of the encoded shape. If an error is raised, `out` holds anything.
+        uint8 tensor of the encoded shape, on the payload's device. If an error is raised, `out` holds anything.
 
     Raises:
         ValueError: naming the tensor, for whatever is wrong with the payload or does not fit the arguments.
     """
     data = _bytes_of(payload, name)
-    header = read_header(data, name)
-    if expected_shape is not None and header.shape != tuple(expected_shape):
-        raise ValueError(f"{name}: the payload has the shape {[*header.shape]}, expected {[*expected_shape]}.")
+    header = read_header(data, len(data), name)
     if out is not None:
         if out.dtype != torch.uint8 or not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError(f"{name}: out must be a contiguous uint8 tensor on the CPU.")
         if tuple(out.shape) != header.shape:
             raise ValueError(f"{name}: the payload has the shape {[*header.shape]}, out {[*out.shape]}.")
-    elif header.coder == CONSTANT and expected_shape is None and header.count > MAX_CONSTANT:
-        raise ValueError(f"{name}: {header.count} equal symbols without an expected shape: give expected_shape.")
+    check_shape(header, header.shape if expected_shape is None and out is not None else expected_shape, name)
     try:
         model = None if header.coder == CONSTANT else _read_model(header)
         result = torch.empty(header.shape, dtype=torch.uint8) if out is None else out
         if model is None:
-            return result.fill_(header.symbol)
+            result.fill_(header.symbol)
+            return result if out is not None else result.to(payload.device)
         hashes = _decode(data, header, model, result.view(-1).numpy(), threads or torch.get_num_threads())
     except ValueError as error:
         raise ValueError(f"{name}: damaged: {error}.") from None
-    if checksum(hashes) != header.checksum:
-        raise ValueError(f"{name}: damaged: the checksum of the decoded symbols does not fit.")
-    return result
+    check_hashes(header, hashes, name)
+    return result if out is not None else result.to(payload.device)
 
 
 def entropy(symbols: torch.Tensor) -> float:
@@ -150,11 +147,33 @@ def info(payload: torch.Tensor, name: str = "payload") -> Info:
     Raises:
         ValueError: the header is damaged.
     """
-    header = read_header(_bytes_of(payload, name), name)
+    data = _bytes_of(payload, name)
+    header = read_header(data, len(data), name)
     coder = {CONSTANT: "constant", RANS: "rans", GOLOMB: "eg0"}[header.coder]
     model = {NO_MODEL: "none", TABLE: "table", GGD: "ggd"}[header.model]
     bits = 8 * payload.numel() / header.count if header.count else math.nan
     return Info(coder, model, header.shape, payload.numel(), bits)
+
+
+def check_shape(header: Header, expected_shape: Sequence[int] | None, name: str) -> None:
+    """`ValueError` for another shape than the expected one, or one that only an expected shape could justify."""
+    if expected_shape is None:
+        if header.coder == CONSTANT and header.count > MAX_CONSTANT:
+            raise ValueError(f"{name}: {header.count} equal symbols without an expected shape: give expected_shape.")
+    elif header.shape != tuple(expected_shape):
+        raise ValueError(f"{name}: the payload has the shape {[*header.shape]}, expected {[*expected_shape]}.")
+
+
+def check_hashes(header: Header, hashes: np.ndarray, name: str) -> None:
+    """`ValueError` unless these are the hashes, uint32 [chunks, lanes], of the symbols that were encoded."""
+    if checksum(hashes) != header.checksum:
+        raise ValueError(f"{name}: damaged: the checksum of the decoded symbols does not fit.")
+
+
+def frequencies_of(header: Header) -> np.ndarray:
+    """The frequencies of a RANS payload, int64 [256]; `ValueError` says what is wrong."""
+    read = models.read_table if header.model == TABLE else ggd_model.read_frequencies
+    return read(header.parameters, header.bits)
 
 
 def _bytes_of(payload: torch.Tensor, name: str) -> np.ndarray:
@@ -173,7 +192,7 @@ def _layout(count: int) -> tuple[int, int]:
 def _encode_rans(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
     header.model, header.bits, header.parameters = _choose_model(counts)
     states, header.lengths, words = _backend().rans_encode(
-        symbols, header.chunk, header.lanes, _frequencies(header), header.bits, threads
+        symbols, header.chunk, header.lanes, frequencies_of(header), header.bits, threads
     )
     return [states.view(np.uint8).reshape(-1), words]
 
@@ -203,12 +222,7 @@ def _encode_golomb(symbols: np.ndarray, counts: np.ndarray, header: Header, thre
 
 def _read_model(header: Header) -> np.ndarray:
     """The frequencies, or the code book; `ValueError` says what is wrong."""
-    return golomb.read_book(header.parameters) if header.coder == GOLOMB else _frequencies(header)
-
-
-def _frequencies(header: Header) -> np.ndarray:
-    read = models.read_table if header.model == TABLE else ggd_model.read_frequencies
-    return read(header.parameters, header.bits)
+    return golomb.read_book(header.parameters) if header.coder == GOLOMB else frequencies_of(header)
 
 
 def _decode(data: np.ndarray, header: Header, model: np.ndarray, out: np.ndarray, threads: int) -> np.ndarray:

@@ -22,7 +22,7 @@ MAX_COUNT = 1 << 48
 MAX_LOG2_LANES = 5
 # Symbols of one lane in one chunk, at most: bounds what a payload of a size can decode to.
 MAX_ROWS = 4096
-_FIXED = 16  # bytes: magic, version, coder, model, dimensions, checksum of the header, length of the header
+FIXED = 16  # bytes: magic, version, coder, model, dimensions, checksum of the header, length of the header
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Header:
 
 def is_coded(tensor: torch.Tensor) -> bool:
     """Whether a tensor looks like a payload: 1-D, uint8, with the magic bytes. Only `decode` checks the rest."""
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < _FIXED or tensor.is_meta:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < FIXED or tensor.is_meta:
         return False
     return bytes(tensor[:4].tolist()) == MAGIC
 
@@ -96,26 +96,36 @@ def write_header(header: Header) -> bytes:
             body += _varint(length)
     body += bytes(-len(body) % 4)
     fixed = MAGIC + bytes((VERSION, header.coder, header.model, len(header.shape)))
-    rest = (_FIXED + len(body)).to_bytes(4, "little") + bytes(body)
+    rest = (FIXED + len(body)).to_bytes(4, "little") + bytes(body)
     return fixed + _crc(fixed, rest) + rest
 
 
-def read_header(payload: np.ndarray, name: str) -> Header:
-    """Read and check the header of a payload, uint8 [n].
+def header_size(start: bytes) -> int:
+    """Length of the header that begins so, as far as 16 bytes can tell."""
+    return int.from_bytes(start[12:FIXED], "little")
+
+
+def read_header(data: np.ndarray, total: int, name: str) -> Header:
+    """Read and check the header of a payload.
+
+    Args:
+        data: uint8 [n], the payload, or as much of it as the header takes.
+        total: bytes of the payload.
+        name: of the tensor, for errors.
 
     Raises:
         ValueError: naming the tensor and what is wrong. No memory beyond the header's own size is taken.
     """
-    start = payload[:_FIXED].tobytes()
-    if len(start) < _FIXED or start[:4] != MAGIC:
+    start = data[:FIXED].tobytes()
+    if len(start) < FIXED or start[:4] != MAGIC:
         raise ValueError(f"{name}: not a coded tensor (its first bytes are {start[:4].hex(' ') or 'missing'}).")
     version, coder, model, dimensions = start[4:8]
     if version != VERSION:
         raise ValueError(f"{name}: coded in version {version}, this program reads version {VERSION}: update hf_gg.")
-    size = int.from_bytes(start[12:16], "little")
-    if not _FIXED < size <= len(payload):
-        raise ValueError(f"{name}: damaged: a header of {size} bytes in a payload of {len(payload)}.")
-    rest = payload[12:size].tobytes()
+    size = header_size(start)
+    if not FIXED < size <= min(total, len(data)):
+        raise ValueError(f"{name}: damaged: a header of {size} bytes in a payload of {total}.")
+    rest = data[12:size].tobytes()
     if _crc(start[:8], rest) != start[8:12]:
         raise ValueError(f"{name}: damaged: the checksum of the header does not fit.")
     # What follows was written so, by mistake or on purpose: chance damage does not come past the checksum.
@@ -125,9 +135,9 @@ def read_header(payload: np.ndarray, name: str) -> Header:
         raise ValueError(f"{name}: unknown model {model} of coder {coder}: update hf_gg.")
     header = _read_body(_Reader(rest[4:], name), coder, model, dimensions, name)
     header.size = size
-    if size + header.data_bytes != len(payload):
+    if size + header.data_bytes != total:
         raise ValueError(
-            f"{name}: damaged: {len(payload)} bytes, and the header says {size + header.data_bytes}"
+            f"{name}: damaged: {total} bytes, and the header says {size + header.data_bytes}"
             " (the file was cut or something was appended)."
         )
     return header
