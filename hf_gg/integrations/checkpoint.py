@@ -4,6 +4,7 @@ In a file, codes are uint8 under the parameter's own name with one more, trailin
 Where this package is not installed, Transformers then finds a tensor of another shape than the model's and refuses the
 checkpoint, instead of taking codes for weights. A trailing dimension leaves all others where they are, so that shards
 of tensor and expert parallelism are cut from the file as ever, for any width. (Version 1 had plain `[out, in]`.)
+Entropy-coded codes have one dimension and are decoded before they arrive here (`coded.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .. import ops
 from ..formats import get_format
 from ..nn import RF8Experts
 from ..nn.experts import quantize_experts
+from . import coded
 from .selection import code_parameters, quantized_modules, weight_names
 
 
@@ -110,7 +112,7 @@ class Unpack(ConversionOps):
 
 
 class Pack(ConversionOps):
-    """Saving codes: add the trailing dimension."""
+    """Saving codes: add the trailing dimension, or have them coded if the model's config says so."""
 
     def convert(
         self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs
@@ -118,7 +120,8 @@ class Pack(ConversionOps):
         value = _only(next(iter(input_dict.values())))
         found = find_codes(model, full_layer_name)
         if found is not None and value.ndim == found[0]._parameters[found[1]].ndim:
-            value = value.unsqueeze(-1)
+            coder = coded.coding_of(model)
+            value = value.unsqueeze(-1) if coder == "none" else coded.Encoding(value, coder, full_layer_name)
         return {full_layer_name: value}
 
     @property
@@ -146,7 +149,8 @@ def raise_loading_errors(model: nn.Module) -> None:
         ValueError: each of the errors in a line; the tensors are named.
     """
     notes = [module.__dict__.pop("_loading_notes", {}) for _, module in quantized_modules(model)]
-    raise_errors(model, [error for note in notes for error in note.get("errors", ())])
+    errors = coded.take_errors(model)
+    raise_errors(model, errors + [error for note in notes for error in note.get("errors", ())])
 
 
 def raise_errors(model: nn.Module, errors: list[str]) -> None:
@@ -212,7 +216,7 @@ def mark_all_saved_codes() -> None:
                 conversions = get_model_conversion_mapping(model, add_legacy=False)
                 conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
             model._weight_conversions = split_conversions(model, conversions)[0] + unpack_conversions(model)
-        return original(model, state_dict)
+        return coded.encode_all(original(model, state_dict))
 
     modeling_utils.revert_weight_conversion = revert_weight_conversion
 
@@ -297,7 +301,7 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
     for path in files or []:
         if not str(path).endswith(".safetensors"):
             continue
-        header, file = _read_header(path), os.path.basename(path)
+        header, file = read_header(path), os.path.basename(path)
         metadata = header.pop("__metadata__", None) or {}
         if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
             raise ValueError(
@@ -324,11 +328,12 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
 
 
 def _is_narrow(name: str, entry: dict) -> bool:
-    matrix = name.rpartition(".")[2] in _WEIGHTS and len(entry["shape"]) >= 2
+    # a coded matrix has one dimension
+    matrix = name.rpartition(".")[2] in _WEIGHTS and (len(entry["shape"]) >= 2 or entry["dtype"] == "U8")
     return entry["dtype"] in _NARROW or (matrix and entry["dtype"] in _INTEGERS)
 
 
-def _read_header(path: str) -> dict[str, dict]:
+def read_header(path: str) -> dict[str, dict]:
     """The header of a safetensors file, which safetensors itself accepts."""
     name, size = os.path.basename(path), os.path.getsize(path)
     damaged = f"{name} is not a readable safetensors file"

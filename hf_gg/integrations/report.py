@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +69,16 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantization_report(model: nn.Module, reference: nn.Module | None = None) -> QuantizationReport:
+def quantization_report(
+    model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] | None = None
+) -> QuantizationReport:
     """Report each quantized weight of a model: format, bits a weight, signal to noise; and what was skipped, and why.
 
     Args:
         model: a model loaded or quantized with `GGConfig`.
-        reference: the full-precision model, to measure the noise against. Without it the noise is estimated from the
-            codes, as if the weights lay evenly between the midpoints around each code's value (printed with ≈).
+        reference: the full-precision model, or its parameters by name, to measure the noise against. Without it the
+            noise is estimated from the codes, as if the weights lay evenly between the midpoints around each code's
+            value (printed with ≈).
 
     Of a model that is split over processes every process must call it; each gets the report of the whole.
 
@@ -84,7 +88,9 @@ def quantization_report(model: nn.Module, reference: nn.Module | None = None) ->
     quantizer = getattr(model, "hf_quantizer", None)
     if not any(True for _ in quantized_modules(model)) and not hasattr(quantizer, "skipped"):
         raise ValueError("The model has no quantized module: load it with quantization_config=GGConfig().")
-    originals = dict(reference.named_parameters(remove_duplicate=False)) if reference is not None else {}
+    if isinstance(reference, nn.Module):
+        reference = dict(reference.named_parameters(remove_duplicate=False))
+    originals = reference or {}
     rows, quantized, scales, seen = [], 0, 0, set()
     for name, module, weight in code_parameters(model):
         codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]

@@ -29,7 +29,7 @@ from ..formats.rf8 import check_rounding
 from ..formats.scaling import check_scale
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import QuantizedWeight
-from . import checkpoint, fsdp, gguf, saving, selection
+from . import checkpoint, coded, fsdp, gguf, saving, selection
 from .report import quantization_report
 
 
@@ -45,7 +45,8 @@ class GGConfig(QuantizationConfigMixin):
     """How a model is quantized.
 
     Args:
-        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`.
+        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`. (`"none"` is that of a checkpoint of
+            `hf-gg compress --lossless-grid`: coded in its files, a plain model once it is loaded.)
         scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
         rounding: `"nearest"` (default) or `"reference"` (the authors').
         modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
@@ -57,6 +58,9 @@ class GGConfig(QuantizationConfigMixin):
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any
             load.
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
+        coding: how codes are saved: `"none"` (default), one byte each, or entropy-coded by `"rans"` or `"eg0"`
+            (exp-Golomb codes), and decoded while loading. A checkpoint keeps its coding when it is loaded and saved
+            again, unless a config given at load, or `model.config.quantization_config.coding`, says otherwise.
         format_version: of the checkpoint; set by the library.
 
     Raises:
@@ -74,6 +78,7 @@ class GGConfig(QuantizationConfigMixin):
         experts: bool = True,
         backend: str = "auto",
         dequantize: bool = False,
+        coding: str | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -87,11 +92,13 @@ class GGConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # the field's enum is closed, its use is a string's
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
-        self.weight_format = get_format("rf8" if weight_format is None else weight_format).name
+        self.weight_format = coded.FLOATS if weight_format == coded.FLOATS else get_format(weight_format or "rf8").name
         check_scale(scale)
         check_rounding(rounding)
         ops.check_backend(backend)
         self.scale, self.rounding, self.backend = scale, rounding, backend
+        self._coding_given = coding is not None
+        self.coding = coded.check_coding("none" if coding is None else coding)
         if modules_to_not_convert is not None:
             selection.check_patterns(modules_to_not_convert)
             modules_to_not_convert = list(modules_to_not_convert)
@@ -120,6 +127,8 @@ class GGConfig(QuantizationConfigMixin):
         attributes: dict[str, Any] = {"backend": self.backend, "dequantize": self.dequantize}
         if self._format_given:
             attributes["_format_wanted"] = self.weight_format
+        if self._coding_given:
+            attributes["coding"] = self.coding
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +159,9 @@ class GGHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
+        if quantization_config.weight_format == coded.FLOATS:
+            coded.check_floats(self.pre_quantized, wanted)
+            quantization_config.dequantize = True  # nothing of us remains in the model
         if self.pre_quantized and wanted not in (None, quantization_config.weight_format):
             raise ValueError(
                 f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: "
@@ -159,6 +171,10 @@ class GGHfQuantizer(HfQuantizer):
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []
         self._gguf: gguf.GgufSource | None = None
+
+    @property
+    def _holds_floats(self) -> bool:
+        return self.quantization_config.weight_format == coded.FLOATS
 
     # --- before loading ---
 
@@ -183,6 +199,8 @@ class GGHfQuantizer(HfQuantizer):
         else:
             codes = self.quantization_config.weight_format if self._from_codes else None
             checkpoint.check_shards(checkpoint_files, weight_format=codes)
+        if self._holds_floats:
+            return
         if self._from_codes and self.quantization_config.dequantize:
             _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
@@ -195,7 +213,7 @@ class GGHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, model):
         if self._gguf:
             return self._gguf.conversions(weight_conversions, model)
-        if not self._from_codes:
+        if not self._from_codes or self._holds_floats:
             return weight_conversions
         if self.quantization_config.format_version == 1:
             return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
@@ -230,6 +248,9 @@ class GGHfQuantizer(HfQuantizer):
     # --- after loading ---
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self._holds_floats:
+            checkpoint.raise_loading_errors(model)
+            return model
         self.skipped.update(finish_loading(model))
         # a GGUF file's own conversions are not those of the checkpoint to save
         conversions = None if self._gguf and self._gguf.in_blocks else getattr(model, "_weight_conversions", None)
@@ -254,6 +275,7 @@ class GGHfQuantizer(HfQuantizer):
             "quant_method": METHOD,
             "format_version": str(FORMAT_VERSION),
             "weight_format": self.quantization_config.weight_format,
+            "coding": self.quantization_config.coding,
         }
 
     def _dequantize(self, model, dtype=None):
@@ -303,6 +325,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             f"The model is quantized already (method {getattr(method, 'value', method)!r}): quantizing twice loses "
             "twice. Call `model.dequantize()` first, or start from the full-precision model."
         )
+    if config.weight_format == coded.FLOATS:
+        coded.check_floats(False, None)
     chosen = selection.select(model, config, from_checkpoint=False)
     for name in (*chosen.linears, *chosen.embeddings, *chosen.experts):
         module = model.get_submodule(name)
@@ -573,6 +597,7 @@ def register() -> None:
             GGConfig,
         )
         gguf.allow_gguf(GGConfig)
+        coded.decode_while_loading(lambda quantizer: isinstance(quantizer, GGHfQuantizer) and quantizer._from_codes)
 
 
 register()
