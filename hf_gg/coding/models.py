@@ -1,0 +1,122 @@
+"""Frequencies of symbols: counted, brought to a sum of a power of two, and stored in few bytes."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import torch
+
+from .bits import BitReader, BitWriter
+
+
+MIN_BITS, MAX_BITS = 8, 16
+# Symbols by magnitude, a positive one before the negative one: 0, 0x80, 1, 0x81, ...
+ORDER = np.array([position >> 1 | (position & 1) << 7 for position in range(256)], np.uint8)
+
+
+def count_symbols(symbols: torch.Tensor) -> np.ndarray:
+    """How often each symbol occurs in a uint8 tensor, int64 [256]."""
+    return np.bincount(symbols.reshape(-1).numpy(), minlength=256)
+
+
+def entropy(symbols: torch.Tensor) -> float:
+    """Order-0 entropy in bits a symbol: no coder that sees the symbols one by one comes below it.
+
+    Raises:
+        TypeError: the symbols are not uint8.
+    """
+    if symbols.dtype != torch.uint8:
+        raise TypeError(f"symbols must be uint8, got {symbols.dtype}.")
+    return entropy_of_counts(count_symbols(symbols.cpu()))
+
+
+def entropy_of_counts(counts: np.ndarray) -> float:
+    """Order-0 entropy in bits a symbol of int64 [256] counts; 0 for none."""
+    present = counts[counts > 0].astype(np.float64)
+    total = present.sum()
+    return float((present * np.log2(total / present)).sum() / total) if len(present) > 1 else 0.0
+
+
+def cost(counts: np.ndarray, frequencies: np.ndarray, bits: int) -> float:
+    """Bits that an ideal coder needs for the counted symbols with frequencies of the sum 2^bits."""
+    present = counts > 0
+    return float((counts[present] * (bits - np.log2(frequencies[present]))).sum())
+
+
+def normalize(counts: np.ndarray, bits: int) -> np.ndarray:
+    """Frequencies, int64 [256], of the sum 2^bits, at least 1 where a symbol occurs: nearly the cheapest ones.
+
+    At least two symbols must occur, and no more than 2^bits.
+    """
+    total = 1 << bits
+    share = counts / counts.sum() * total
+    result = np.where(counts > 0, np.maximum(np.rint(share), 1), 0).astype(np.int64)
+    missing = total - int(result.sum())
+    step = 1 if missing > 0 else -1
+    values, weights = result.tolist(), counts.tolist()
+
+    def change(symbol: int) -> tuple[float, int]:
+        old = values[symbol]
+        if old + step < 1:
+            return float("inf"), symbol
+        return -weights[symbol] * float(np.log2((old + step) / old)), symbol
+
+    heap = [change(symbol) for symbol in range(256) if weights[symbol]]
+    heapq.heapify(heap)
+    for _ in range(abs(missing)):
+        symbol = heap[0][1]
+        values[symbol] += step
+        heapq.heapreplace(heap, change(symbol))
+    return np.array(values, np.int64)
+
+
+def write_table(frequencies: np.ndarray, bits: int) -> bytes:
+    """The stored table: see `docs/coded-checkpoints.md`."""
+    ordered = frequencies[ORDER].tolist()
+    used = max(position for position, frequency in enumerate(ordered) if frequency) + 1
+    out = BitWriter()
+    out.write(used - 1, 8)
+    before = bits - 2
+    for frequency in ordered[:used]:
+        out.write(int(frequency > 0), 1)
+        if frequency:
+            size = frequency.bit_length() - 1
+            step = size - before
+            out.unary(2 * step if step >= 0 else -2 * step - 1)
+            out.write(frequency - (1 << size), size)
+            before = size
+    return out.getvalue()
+
+
+def read_table(data: bytes, bits: int) -> np.ndarray:
+    """Frequencies, int64 [256], of a stored table.
+
+    Raises:
+        ValueError: saying what is wrong; the caller names the tensor.
+    """
+    reader = BitReader(data)
+    frequencies = np.zeros(256, np.int64)
+    before = bits - 2
+    try:
+        for position in range(reader.read(8) + 1):
+            if not reader.read(1):
+                continue
+            step = reader.unary()
+            size = before + (step >> 1 if step & 1 == 0 else -(step + 1 >> 1))
+            if not 0 <= size < bits:
+                raise ValueError(f"a frequency of {size + 1} bits in a table of {bits}")
+            frequencies[ORDER[position]] = (1 << size) + reader.read(size)
+            before = size
+    except EOFError:
+        raise ValueError("the table of frequencies is cut short") from None
+    if not reader.at_end():
+        raise ValueError("the table of frequencies is longer than its symbols")
+    check_frequencies(frequencies, bits)
+    return frequencies
+
+
+def check_frequencies(frequencies: np.ndarray, bits: int) -> None:
+    """`ValueError` unless the frequencies have the sum 2^bits and more than one symbol shares it."""
+    if int(frequencies.sum()) != 1 << bits or (frequencies > 0).sum() < 2:
+        raise ValueError(f"the frequencies have the sum {int(frequencies.sum())}, not {1 << bits}")
