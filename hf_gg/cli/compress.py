@@ -117,10 +117,8 @@ def step(text: str) -> float:
     number = r"[0-9.]+(?:[eE][-+]?[0-9]+)?"
     power, ratio = re.fullmatch(r"2(?:\^|\*\*)(-?\d+)", text), re.fullmatch(f"({number})/({number})", text)
     try:
-        if power:
-            value = 2.0 ** int(power[1])
-        else:
-            value = float(ratio[1]) / float(ratio[2]) if ratio else float(text)
+        whole = 2.0 ** int(power[1]) if power else float(ratio[1] if ratio else text)
+        value = whole / float(ratio[2]) if ratio else whole
     except (ValueError, OverflowError, ZeroDivisionError):
         value = math.nan
     if not 0 < value < math.inf:

@@ -47,7 +47,7 @@ def check_coding(value: str) -> str:
 
 
 def check_floats(pre_quantized: bool, wanted: str | None) -> None:
-    """Raise a `ValueError` where `weight_format="none"` is asked for, or something else of a checkpoint that has it."""
+    """Raise a `ValueError` where `weight_format="none"` is asked for, or another one of a checkpoint that has it."""
     if not pre_quantized:
         raise ValueError(
             'weight_format "none" is that of checkpoints which `hf-gg compress --lossless-grid` writes: it quantizes '

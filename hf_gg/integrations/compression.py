@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -64,10 +64,10 @@ def compress_on_grid(
     source: Path,
     target: Path,
     step: float,
-    coder: str,
-    round: bool,
-    keep: list[str],
-    progress=lambda total: lambda: None,
+    coder: str = "rans",
+    round: bool = False,
+    keep: Iterable[str] = (),
+    progress: Callable[[int], Callable[[], object]] = lambda total: lambda: None,
 ) -> tuple[list[StoredTensor], dict[str, float]]:
     """Code the files of a float model, or bare files of tensors, whose matrices lie on a grid.
 
@@ -129,7 +129,8 @@ def load(source: Path, quantization_config: GGConfig | None = None) -> nn.Module
     if source.is_file():
         if source.suffix != ".gguf":
             raise ValueError(
-                f"{source} is no model: give a folder with config.json, a GGUF file, or --lossless-grid for bare files."
+                f"{source} is no model: give a folder with config.json or a GGUF file. Bare files of weights can only "
+                "be coded by --lossless-grid."
             )
         options = {"gguf_file": source.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
         return transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
