@@ -6,9 +6,9 @@ A number is ±magnitude × step. Sign and magnitude become planes of bytes, each
     plane k: the next eight bits
 
 Only as many planes are there as the largest magnitude needs. Weights of a trained model are small on their grid, so
-the first plane holds nearly all, and a rare large one costs next to nothing in the second. (Planes know nothing of each
-other, which costs 0.03 bits a number at most, reached by a normal distribution whose deviation is about 100 steps.) The
-sign has a bit of its own because a zero has one too: what comes back is the same to the last bit.
+the first plane holds nearly all, and a rare large one costs next to nothing in the second. Planes know nothing of each
+other, which costs 0.03 bits a number at most (a normal distribution whose deviation is about 100 steps). The sign has
+a bit of its own because a zero has one too: what comes back is the same to the last bit.
 
 Layout, little-endian: magic `GGLEVEL1`, dtype (1 byte: 0 float32, 1 float16, 2 bfloat16, 3 float64), number of planes
 n (1 byte, 1-4), 2 zero bytes, step (float64), n lengths (uint64), CRC-32 of all bytes before it (uint32), and n
