@@ -6,9 +6,8 @@ out: torch, numpy and an optional C kernel, no Hugging Face.
 
 from __future__ import annotations
 
-from .codec import CODERS, Info, decode, encode, info
+from .codec import CODERS, Info, decode, encode, entropy, info
 from .container import is_coded
-from .models import entropy
 
 
 __all__ = ["CODERS", "Info", "decode", "encode", "entropy", "info", "is_coded"]

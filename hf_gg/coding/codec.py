@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 
-from . import models, rans
-from .container import CONSTANT, GGD, GOLOMB, NO_MODEL, RANS, TABLE, Header, read_header, write_header
-from .hashing import checksum, lane_hashes
+from . import golomb, kernels, models, reference
+from .container import (
+    CONSTANT,
+    GGD,
+    GOLOMB,
+    MAX_DIMENSIONS,
+    NO_MODEL,
+    RANS,
+    TABLE,
+    Header,
+    checksum,
+    read_header,
+    write_header,
+)
 
 
 CODERS = ("rans", "eg0")
@@ -34,31 +46,42 @@ class Info:
     bits_per_symbol: float
 
 
-def encode(symbols: torch.Tensor, coder: str = "rans", name: str = "symbols") -> torch.Tensor:
+def encode(
+    symbols: torch.Tensor, coder: str = "rans", name: str = "symbols", threads: int | None = None
+) -> torch.Tensor:
     """Encode uint8 symbols of any shape.
 
     Args:
         symbols: uint8 codes.
-        coder: `"rans"`, or `"eg0"` (exp-Golomb on frequency ranks).
+        coder: `"rans"`, or `"eg0"` (exp-Golomb codes of frequency ranks, in the order that is shortest).
         name: of the tensor, for errors.
+        threads: at most so many; torch's number for None.
 
     Returns:
-        The payload, 1-D uint8 on the CPU.
+        The payload, 1-D uint8 on the CPU. It does not depend on the threads or on the compiled coder.
 
     Raises:
-        TypeError: the symbols are not uint8. ValueError: an unknown coder.
+        TypeError: the symbols are not uint8. ValueError: an unknown coder, more than 16 dimensions.
     """
     if coder not in CODERS:
         raise ValueError(f"coder must be one of {', '.join(CODERS)}, got {coder!r}.")
     if symbols.dtype != torch.uint8:
         raise TypeError(f"{name}: symbols must be uint8, got {symbols.dtype}.")
     shape = tuple(symbols.shape)
-    flat = symbols.detach().cpu().contiguous().view(-1)
-    counts = models.count_symbols(flat)
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name}: at most {MAX_DIMENSIONS} dimensions can be coded, got {len(shape)}.")
+    flat = symbols.detach().cpu().contiguous().view(-1).numpy()
+    counts = _backend().count_symbols(flat)
     if (counts > 0).sum() < 2:
-        header = Header(CONSTANT, NO_MODEL, shape, symbol=int(counts.argmax()))
-        return torch.frombuffer(bytearray(write_header(header)), dtype=torch.uint8)
-    return _encode_rans(flat.numpy(), counts, shape)
+        data = write_header(Header(CONSTANT, NO_MODEL, shape, symbol=int(counts.argmax())))
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    chunk, log2_lanes = _layout(len(flat))
+    header = Header(RANS, TABLE, shape, log2_lanes=log2_lanes, chunk=chunk)
+    threads = threads or torch.get_num_threads()
+    parts = (_encode_rans if coder == "rans" else _encode_golomb)(flat, counts, header, threads)
+    header.checksum = checksum(_backend().lane_hashes(flat, chunk, header.lanes, threads))
+    written = [np.frombuffer(write_header(header), np.uint8), *parts]
+    return torch.from_numpy(np.concatenate(written))
 
 
 def decode(
@@ -94,17 +117,29 @@ def decode(
             raise ValueError(f"{name}: the payload has the shape {[*header.shape]}, out {[*out.shape]}.")
     elif header.coder == CONSTANT and expected_shape is None and header.count > MAX_CONSTANT:
         raise ValueError(f"{name}: {header.count} equal symbols without an expected shape: give expected_shape.")
-    frequencies = _frequencies(header, name)
-    result = torch.empty(header.shape, dtype=torch.uint8) if out is None else out
-    if header.coder == CONSTANT:
-        return result.fill_(header.symbol)
-    flat = result.detach().view(-1).numpy()
-    hashes = _decode_rans(data, header, frequencies, flat)
-    if hashes is None:
-        raise ValueError(f"{name}: damaged: the stream of a chunk does not end where it should.")
+    try:
+        model = _read_model(header)
+        result = torch.empty(header.shape, dtype=torch.uint8) if out is None else out
+        if header.coder == CONSTANT:
+            return result.fill_(header.symbol)
+        hashes = _decode(data, header, model, result.view(-1).numpy(), threads or torch.get_num_threads())
+    except ValueError as error:
+        raise ValueError(f"{name}: damaged: {error}.") from None
     if checksum(hashes) != header.checksum:
         raise ValueError(f"{name}: damaged: the checksum of the decoded symbols does not fit.")
     return result
+
+
+def entropy(symbols: torch.Tensor) -> float:
+    """Order-0 entropy in bits a symbol: no coder that sees the symbols one by one comes below it.
+
+    Raises:
+        TypeError: the symbols are not uint8.
+    """
+    if symbols.dtype != torch.uint8:
+        raise TypeError(f"symbols must be uint8, got {symbols.dtype}.")
+    flat = symbols.detach().cpu().contiguous().view(-1).numpy()
+    return models.entropy_of_counts(_backend().count_symbols(flat))
 
 
 def info(payload: torch.Tensor, name: str = "payload") -> Info:
@@ -133,40 +168,52 @@ def _layout(count: int) -> tuple[int, int]:
     return -(-count // (chunks * lanes)) * lanes, log2_lanes
 
 
-def _encode_rans(symbols: np.ndarray, counts: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    chunk, log2_lanes = _layout(len(symbols))
-    bits = 14
-    frequencies = models.normalize(counts, bits)
-    parameters = models.write_table(frequencies, bits)
-    states, words = rans.encode(symbols, chunk, 1 << log2_lanes, frequencies, bits)
-    header = Header(
-        RANS,
-        TABLE,
-        shape,
-        checksum=checksum(lane_hashes(symbols, chunk, 1 << log2_lanes)),
-        bits=bits,
-        log2_lanes=log2_lanes,
-        chunk=chunk,
-        parameters=parameters,
-        lengths=np.array([len(part) for part in words], np.int64),
+def _encode_rans(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
+    header.bits = 14
+    frequencies = models.normalize(counts, header.bits)
+    header.parameters = models.write_table(frequencies, header.bits)
+    states, header.lengths, words = _backend().rans_encode(
+        symbols, header.chunk, header.lanes, frequencies, header.bits, threads
     )
-    parts = [write_header(header), states.astype("<u4").tobytes(), *(part.astype("<u2").tobytes() for part in words)]
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+    return [states.view(np.uint8).reshape(-1), words]
 
 
-def _frequencies(header: Header, name: str) -> np.ndarray | None:
+def _encode_golomb(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
+    header.coder, header.model, header.bits = GOLOMB, NO_MODEL, golomb.best_order(counts)
+    ranked = golomb.rank(counts)
+    header.parameters = ranked.tobytes()
+    header.lengths, words = _backend().golomb_encode(symbols, header.chunk, golomb.codes(ranked, header.bits), threads)
+    return [words]
+
+
+def _read_model(header: Header) -> np.ndarray | None:
+    """The frequencies, or the code book; `ValueError` says what is wrong."""
     if header.coder == CONSTANT:
         return None
-    if header.coder == RANS and not models.MIN_BITS <= header.bits <= models.MAX_BITS:
-        raise ValueError(f"{name}: damaged: frequencies of {header.bits} bits.")
-    try:
-        return models.read_table(header.parameters, header.bits)
-    except ValueError as error:
-        raise ValueError(f"{name}: damaged: {error}.") from None
+    if header.coder == GOLOMB:
+        return golomb.read_book(header.parameters)
+    return models.read_table(header.parameters, header.bits)
 
 
-def _decode_rans(data: np.ndarray, header: Header, frequencies: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-    end = header.size + 4 * header.lanes * len(header.lengths)
-    states = np.frombuffer(data[header.size : end].tobytes(), "<u4").reshape(-1, header.lanes)
-    words = np.frombuffer(data[end:].tobytes(), "<u2")
-    return rans.decode(states, words, header.lengths, out, header.chunk, frequencies, header.bits)
+def _decode(data: np.ndarray, header: Header, model: np.ndarray, out: np.ndarray, threads: int) -> np.ndarray:
+    """The hashes of what is decoded into `out`; `ValueError` says what is wrong."""
+    if header.coder == GOLOMB:
+        return _backend().golomb_decode(
+            data[header.size :], header.lengths, out, header.chunk, header.lanes, model, header.bits, threads
+        )
+    begin = header.size + 4 * header.lanes * len(header.lengths)
+    return _backend().rans_decode(
+        data[header.size : begin],
+        data[begin:],
+        header.lengths,
+        out,
+        header.chunk,
+        header.lanes,
+        model,
+        header.bits,
+        threads,
+    )
+
+
+def _backend() -> ModuleType:
+    return kernels if kernels.available() else reference

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .models import MAX_BITS, MIN_BITS
+from .reference import MAX_ORDER
+
 
 MAGIC = b"\x89GGC"
 VERSION = 1
@@ -94,7 +97,7 @@ def write_header(header: Header) -> bytes:
     body += bytes(-len(body) % 4)
     fixed = MAGIC + bytes((VERSION, header.coder, header.model, len(header.shape)))
     size = (_FIXED + len(body)).to_bytes(4, "little")
-    return fixed + _crc(fixed, size + body) + size + bytes(body)
+    return fixed + _crc(fixed, size, body) + size + bytes(body)
 
 
 def read_header(payload: np.ndarray, name: str) -> Header:
@@ -155,9 +158,20 @@ def _read_body(reader: _Reader, coder: int, model: int, dimensions: int, name: s
         if max(lengths) > 32 * MAX_ROWS << MAX_LOG2_LANES:
             raise ValueError(f"{name}: damaged: a chunk of {max(lengths)} words.")
         header.lengths = np.array(lengths, np.int64)
+        low, high = (MIN_BITS, MAX_BITS) if coder == RANS else (0, MAX_ORDER)
+        if not low <= header.bits <= high:
+            raise ValueError(f"{name}: damaged: a precision or order of {header.bits}, allowed are {low} to {high}.")
+        # a code has at least order + 1 bits: no count without its bytes
+        if coder == GOLOMB and 16 * header.lengths.sum() < count * (header.bits + 1):
+            raise ValueError(f"{name}: damaged: {count} symbols in {header.lengths.sum()} words.")
     if reader.left > 3 or any(reader.take(reader.left)):
         raise ValueError(f"{name}: damaged: the header ends with something else than its padding.")
     return header
+
+
+def checksum(hashes: np.ndarray) -> int:
+    """Of decoded symbols: CRC-32 of their hashes, uint32 [chunks, lanes], as little-endian numbers."""
+    return zlib.crc32(hashes.astype("<u4", copy=False).tobytes())
 
 
 class _Reader:
@@ -196,7 +210,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _crc(*parts: bytes) -> bytes:
+def _crc(*parts: bytes | bytearray) -> bytes:
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)

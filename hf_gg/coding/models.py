@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import torch
 
 from .bits import BitReader, BitWriter
 
@@ -13,22 +12,6 @@ from .bits import BitReader, BitWriter
 MIN_BITS, MAX_BITS = 8, 16
 # Symbols by magnitude, a positive one before the negative one: 0, 0x80, 1, 0x81, ...
 ORDER = np.array([position >> 1 | (position & 1) << 7 for position in range(256)], np.uint8)
-
-
-def count_symbols(symbols: torch.Tensor) -> np.ndarray:
-    """How often each symbol occurs in a uint8 tensor, int64 [256]."""
-    return np.bincount(symbols.reshape(-1).numpy(), minlength=256)
-
-
-def entropy(symbols: torch.Tensor) -> float:
-    """Order-0 entropy in bits a symbol: no coder that sees the symbols one by one comes below it.
-
-    Raises:
-        TypeError: the symbols are not uint8.
-    """
-    if symbols.dtype != torch.uint8:
-        raise TypeError(f"symbols must be uint8, got {symbols.dtype}.")
-    return entropy_of_counts(count_symbols(symbols.cpu()))
 
 
 def entropy_of_counts(counts: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """Compiled C kernels for CPUs: linear layers, decoding, and quantization.
 
-They are compiled at first use (`build.py`) and need no more than a C compiler; without one `available()` is False and
-`why_not()` says why. `HF_GG_CPU_KERNELS=0` turns them off; `HF_GG_CPU_ISA` names one of `isas()` instead of the best.
-Nothing here is differentiable: `hf_gg.ops.library` is.
+They are compiled at first use (`hf_gg.native`) and need no more than a C compiler; without one `available()` is False
+and `why_not()` says why. `HF_GG_CPU_KERNELS=0` turns them off; `HF_GG_CPU_ISA` names one of `isas()` instead of the
+best. Nothing here is differentiable: `hf_gg.ops.library` is.
 """
 
 from __future__ import annotations

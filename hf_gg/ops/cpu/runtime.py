@@ -10,7 +10,8 @@ import threading
 import torch
 
 from ...formats import ResidualFloat
-from .build import BuildError, load
+from ...native import try_load
+from .build import load
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,9 +88,4 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get("HF_GG_CPU_KERNELS", "1").strip().lower() in ("0", "false", "off", "no"):
-        return None, "turned off by HF_GG_CPU_KERNELS"
-    try:
-        return load(), None
-    except BuildError as error:
-        return None, str(error)
+    return try_load(load)
