@@ -245,7 +245,7 @@ def _targets(pattern: str, names: list[str]) -> bool:
     return any(regex.search(name) for name in names)
 
 
-def _reduction(parameter: Any, transposed: bool, scale_mode: str):
+def _reduction(parameter: Any, transposed: bool, scale_mode: Any):
     """How processes agree on a scale when what it covers is split over them; None where it is not.
 
     Args:

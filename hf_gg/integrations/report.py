@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..formats import get_format
-from ..formats.rf8 import ResidualFloat
+from ..formats import WeightFormat, get_format
 from ..nn import RF8Experts
 from .selection import code_parameters, quantized_modules, select
 
@@ -139,7 +138,7 @@ def _measured_snr(module: nn.Module, weight: str, original: torch.Tensor) -> flo
     return _decibel(float(original.float().square().sum(dtype=torch.float64)), float(noise))
 
 
-def _estimated_snr(fmt: ResidualFloat, codes: torch.Tensor, scale: torch.Tensor) -> float:
+def _estimated_snr(fmt: WeightFormat, codes: torch.Tensor, scale: torch.Tensor) -> float:
     power, variance = fmt.table(device=codes.device).square().nan_to_num(), _cell_variance(fmt).to(codes.device)
     dim = -1 if scale.shape[-1] == 1 else -2
     signal = noise = 0.0
@@ -152,7 +151,7 @@ def _estimated_snr(fmt: ResidualFloat, codes: torch.Tensor, scale: torch.Tensor)
     return _decibel(signal, noise)
 
 
-def _cell_variance(fmt: ResidualFloat) -> torch.Tensor:
+def _cell_variance(fmt: WeightFormat) -> torch.Tensor:
     """Mean squared distance to each code's value, float32 [256], of numbers spread evenly over its rounding cell."""
     values = fmt.table(torch.float64)
     order = [code for code in torch.argsort(values).tolist() if code not in fmt.reserved and code != 0x80]

@@ -10,6 +10,7 @@ conversion.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import types
 from typing import Any
@@ -24,9 +25,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..formats import get_format
-from ..formats.rf8 import check_rounding
-from ..formats.scaling import check_scale
+from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import QuantizedWeight
 from . import checkpoint, coded, fsdp, gguf, saving, selection
@@ -39,16 +38,22 @@ METHOD = "gg"
 # 1: codes [out, in]; 2: codes [out, in, 1], refused by a Transformers without this package
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+_TARGETS = ("target_bits", "target_snr", "step")
 
 
 class GGConfig(QuantizationConfigMixin):
     """How a model is quantized.
 
     Args:
-        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`. (`"none"` is that of a checkpoint of
-            `hf-gg compress --lossless-grid`: coded in its files, a plain model once it is loaded.)
-        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
-        rounding: `"nearest"` (default) or `"reference"` (the authors').
+        weight_format: `"rf8"` (default), `"rf8x"`, `"rf8-e5"` or `"grid"`. (`"none"` is that of a checkpoint
+            of `hf-gg compress --lossless-grid`: coded in its files, a plain model once it is loaded.)
+        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`; of a grid, `"row"`
+            (steps in proportion to the rows' root mean squares) or `"tensor"` (one step a tensor).
+        rounding: `"nearest"` (default) or `"reference"` (the authors', not of a grid).
+        target_bits: of a grid: wanted bits a weight after entropy coding, steps and outliers counted, at most 8.
+        target_snr: of a grid: wanted signal-to-noise ratio, dB.
+        step: of a grid: the step itself, the same for every weight. Without any of these three a step is an eighth of
+            the root mean square, about 5 bits and 29 dB.
         modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
             are, added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own
             code needs in full precision.
@@ -80,6 +85,9 @@ class GGConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         coding: str | None = None,
         format_version: int = FORMAT_VERSION,
+        target_bits: float | None = None,
+        target_snr: float | None = None,
+        step: float | None = None,
         **kwargs: Any,
     ):
         method = kwargs.pop("quant_method", METHOD)
@@ -93,8 +101,11 @@ class GGConfig(QuantizationConfigMixin):
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
         self.weight_format = coded.FLOATS if weight_format == coded.FLOATS else get_format(weight_format or "rf8").name
-        check_scale(scale)
-        check_rounding(rounding)
+        targets = {"target_bits": target_bits, "target_snr": target_snr, "step": step}
+        _check_targets(targets, self.weight_format)
+        self.target_bits, self.target_snr, self.step = target_bits, target_snr, step
+        if self.weight_format != coded.FLOATS:
+            get_format(self.weight_format).check_options(scale, rounding)
         ops.check_backend(backend)
         self.scale, self.rounding, self.backend = scale, rounding, backend
         self._coding_given = coding is not None
@@ -129,20 +140,46 @@ class GGConfig(QuantizationConfigMixin):
             attributes["_format_wanted"] = self.weight_format
         if self._coding_given:
             attributes["coding"] = self.coding
+        targets = {key: getattr(self, key) for key in _TARGETS if getattr(self, key) is not None}
+        if targets:
+            attributes["_targets_wanted"] = targets
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
-        return {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        items = super().to_dict().items()
+        return {k: v for k, v in items if not k.startswith("_") and not (k in _TARGETS and v is None)}
 
-    def module_options(self) -> dict[str, str]:
+    def scale_rule(self) -> str | StepRule:
+        """The scale mode, or for a grid the rule of its steps."""
+        if self.weight_format != "grid":
+            return self.scale
+        return StepRule(self.scale, bits=self.target_bits, snr=self.target_snr, step=self.step)
+
+    def module_options(self) -> dict[str, Any]:
         """Keyword arguments of the quantized modules."""
         return {
             "format": self.weight_format,
             "backend": self.backend,
-            "scale": self.scale,
+            "scale": self.scale_rule(),
             "rounding": self.rounding,
         }
+
+
+def _check_targets(targets: dict[str, float | None], weight_format: str) -> None:
+    """Raise a `ValueError` for targets that make no sense, or that the format does not have."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if name == "target_bits" and value > 8:
+            raise ValueError(f"target_bits must be at most 8, which codes have in memory, got {value!r}.")
+    if given and weight_format != "grid":
+        raise ValueError(
+            f"{next(iter(given))} is of the grid, and weight_format is {weight_format!r}: use weight_format='grid'."
+        )
+    if len(given) > 1:
+        raise ValueError(f"The steps of a grid follow from one target, got {' and '.join(given)}: leave one out.")
 
 
 class GGHfQuantizer(HfQuantizer):
@@ -159,6 +196,7 @@ class GGHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
+        targets = quantization_config.__dict__.pop("_targets_wanted", {})
         if quantization_config.weight_format == coded.FLOATS:
             coded.check_floats(self.pre_quantized, wanted)
             quantization_config.dequantize = True  # nothing of us remains in the model
@@ -167,6 +205,12 @@ class GGHfQuantizer(HfQuantizer):
                 f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: "
                 "quantizing twice loses twice. Quantize the full-precision model, or leave weight_format out."
             )
+        for key, value in targets.items():
+            if self.pre_quantized and getattr(quantization_config, key) != value:
+                raise ValueError(
+                    f"The checkpoint holds codes whose {key} was {getattr(quantization_config, key)}, and {value} was "
+                    f"asked for: quantizing twice loses twice. Quantize the full-precision model, or leave {key} out."
+                )
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []

@@ -21,10 +21,10 @@ class QuantizedWeight(nn.Module):
     weight_scale: nn.Parameter
     format: str
     backend: str
-    scale_mode: str
+    scale_mode: Any
     rounding: str
 
-    def _make_weight(self, rows: int, columns: int, device, format: str, backend: str, scale: str, rounding: str):
+    def _make_weight(self, rows: int, columns: int, device, format: str, backend: str, scale: Any, rounding: str):
         self.format = get_format(format).name
         self.backend = ops.check_backend(backend)
         self.scale_mode, self.rounding = scale, rounding

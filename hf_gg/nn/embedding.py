@@ -33,7 +33,7 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both
         padding_idx: int | None = None,
         format: str = "rf8",
         backend: str = "auto",
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         compute_dtype: torch.dtype = torch.float32,
         device=None,

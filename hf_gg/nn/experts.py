@@ -9,12 +9,13 @@ beside each, and the forward pass runs over them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
-from ..formats import ResidualFloat, get_format
+from ..formats import WeightFormat, get_format
 from .base import check_whole, decode, keep_scale
 
 
@@ -35,7 +36,7 @@ class RF8Experts(nn.Module):
     quantized_names: tuple[str, ...]
     format: str
     backend: str
-    scale_mode: str
+    scale_mode: Any
     rounding: str
 
     @staticmethod
@@ -49,7 +50,7 @@ class RF8Experts(nn.Module):
 
     @staticmethod
     def convert_(
-        module: nn.Module, format: str = "rf8", scale: str = "row", rounding: str = "nearest", backend: str = "auto"
+        module: nn.Module, format: str = "rf8", scale: Any = "row", rounding: str = "nearest", backend: str = "auto"
     ) -> nn.Module:
         """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes
         there.
@@ -170,7 +171,7 @@ class RF8Experts(nn.Module):
 
 
 def quantize_experts(
-    weight: torch.Tensor, fmt: ResidualFloat, scale: str, rounding: str, transposed: bool, reduce=None
+    weight: torch.Tensor, fmt: WeightFormat, scale: Any, rounding: str, transposed: bool, reduce=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scale of a stack [experts, out, in], or [experts, in, out] if `transposed`: one scale an output."""
     source = weight.transpose(1, 2) if transposed else weight

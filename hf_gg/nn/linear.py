@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,11 +27,11 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         in_features: width of the input.
         out_features: width of the output.
         bias: whether there is one.
-        format: weight format, `"rf8"`, `"rf8x"` or `"rf8-e5"`.
+        format: weight format, `"rf8"`, `"rf8x"`, `"rf8-e5"` or `"grid"`.
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`.
         fan_in_fan_out: the module stands for a `Conv1D`, which stored its weight [in, out]. Codes are [out, in]
             anyway.
-        scale: scale mode for `requantize_`.
+        scale: scale mode, or a `StepRule` of a grid, for `requantize_`.
         rounding: rounding for `requantize_`.
         device: of the parameters.
         dtype: of the bias.
@@ -43,7 +45,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         format: str = "rf8",
         backend: str = "auto",
         fan_in_fan_out: bool = False,
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         device=None,
         dtype: torch.dtype | None = None,
@@ -64,7 +66,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         cls,
         linear: nn.Module,
         format: str = "rf8",
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         backend: str = "auto",
         name: str | None = None,
