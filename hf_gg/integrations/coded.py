@@ -33,6 +33,8 @@ from ..coding.levels import decode_levels, is_levels, read_levels_header
 CODINGS = ("none", "rans", "eg0")
 # The weight format of a checkpoint whose floats lie on a grid, and are coded without loss.
 FLOATS = "none"
+# Tensors at once, as many as Transformers' loader takes; more would only need more memory.
+WORKERS = min(4, os.cpu_count() or 4)
 
 
 def check_coding(value: str) -> str:
@@ -63,6 +65,11 @@ def check_floats(pre_quantized: bool, wanted: str | None) -> None:
 def coding_of(model: nn.Module) -> str:
     """How a model's codes are to be saved, by its config."""
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "coding", "none")
+
+
+def _threads_each() -> int:
+    """Threads for each of several tensors that are coded at once."""
+    return max(1, torch.get_num_threads() // WORKERS)
 
 
 # --- loading ---
@@ -162,7 +169,7 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
     parameters: dict[str, torch.Tensor] = model.state_dict()  # type: ignore[assignment]
     total = sum(parameter.numel() for parameter in parameters.values())
     on_disk = "disk" in (load_config.device_map or {}).values()
-    threads = None if on_disk else 1  # the loader has threads of its own, but for disk offload
+    threads = None if on_disk else _threads_each()  # the loader has threads of its own, but for disk offload
     errors = model.__dict__.setdefault("_coding_errors", [])
     result, offloaded = dict(state_dict), disk_offload_index or {}
     resaved: dict[str, str] = {}
@@ -214,7 +221,7 @@ class Encoding:
     name: str
 
     def run(self) -> torch.Tensor:
-        return coding.encode(self.codes.cpu(), self.coder, name=self.name)
+        return coding.encode(self.codes.cpu(), self.coder, name=self.name, threads=_threads_each())
 
 
 def encode_all(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +229,7 @@ def encode_all(state_dict: dict[str, Any]) -> dict[str, Any]:
     waiting = {name: value for name, value in state_dict.items() if isinstance(value, Encoding)}
     if not waiting:
         return state_dict
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         payloads = pool.map(Encoding.run, waiting.values())
         coded = dict(zip(waiting, list(logging.tqdm(payloads, total=len(waiting), desc="Encoding weights"))))
     return {name: coded.get(name, value) for name, value in state_dict.items()}
