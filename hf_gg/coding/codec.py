@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from . import golomb, kernels, models, reference
+from . import ggd_model, golomb, kernels, models, reference
 from .container import (
     CONSTANT,
     GGD,
@@ -29,6 +29,8 @@ from .container import (
 CODERS = ("rans", "eg0")
 CHUNK = 1 << 16  # symbols, about
 MAX_LANES = 32
+# Of frequencies, in bits; and by how much the size must be smaller: the table of 16 bits is read more slowly.
+PRECISIONS = {14: 1.0, 16: 1.001}
 # Symbols a lane, at least: each costs 16 bits.
 LANE = 2048
 # A tensor of one symbol takes no bits at any size. Above this size the reader must say that it expects the shape.
@@ -118,9 +120,9 @@ def decode(
     elif header.coder == CONSTANT and expected_shape is None and header.count > MAX_CONSTANT:
         raise ValueError(f"{name}: {header.count} equal symbols without an expected shape: give expected_shape.")
     try:
-        model = _read_model(header)
+        model = None if header.coder == CONSTANT else _read_model(header)
         result = torch.empty(header.shape, dtype=torch.uint8) if out is None else out
-        if header.coder == CONSTANT:
+        if model is None:
             return result.fill_(header.symbol)
         hashes = _decode(data, header, model, result.view(-1).numpy(), threads or torch.get_num_threads())
     except ValueError as error:
@@ -169,13 +171,26 @@ def _layout(count: int) -> tuple[int, int]:
 
 
 def _encode_rans(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
-    header.bits = 14
-    frequencies = models.normalize(counts, header.bits)
-    header.parameters = models.write_table(frequencies, header.bits)
+    header.model, header.bits, header.parameters = _choose_model(counts)
     states, header.lengths, words = _backend().rans_encode(
-        symbols, header.chunk, header.lanes, frequencies, header.bits, threads
+        symbols, header.chunk, header.lanes, _frequencies(header), header.bits, threads
     )
     return [states.view(np.uint8).reshape(-1), words]
+
+
+def _choose_model(counts: np.ndarray) -> tuple[int, int, bytes]:
+    """Model, precision and parameters with the smallest total; the quicker precision where they differ little."""
+    fitted = ggd_model.fit(counts) if ggd_model.applies(counts) else None
+    found: list[tuple[float, int, int, bytes]] = []
+    for bits, handicap in PRECISIONS.items():
+        stored = models.normalize(counts, bits)
+        candidates = [(TABLE, models.write_table(stored, bits), stored)]
+        if fitted is not None:
+            candidates.append((GGD, fitted, ggd_model.read_frequencies(fitted, bits)))
+        for model, parameters, frequencies in candidates:
+            size = models.cost(counts, frequencies, bits) + 8 * len(parameters)
+            found.append((size * handicap, model, bits, parameters))
+    return min(found)[1:]
 
 
 def _encode_golomb(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
@@ -186,13 +201,14 @@ def _encode_golomb(symbols: np.ndarray, counts: np.ndarray, header: Header, thre
     return [words]
 
 
-def _read_model(header: Header) -> np.ndarray | None:
+def _read_model(header: Header) -> np.ndarray:
     """The frequencies, or the code book; `ValueError` says what is wrong."""
-    if header.coder == CONSTANT:
-        return None
-    if header.coder == GOLOMB:
-        return golomb.read_book(header.parameters)
-    return models.read_table(header.parameters, header.bits)
+    return golomb.read_book(header.parameters) if header.coder == GOLOMB else _frequencies(header)
+
+
+def _frequencies(header: Header) -> np.ndarray:
+    read = models.read_table if header.model == TABLE else ggd_model.read_frequencies
+    return read(header.parameters, header.bits)
 
 
 def _decode(data: np.ndarray, header: Header, model: np.ndarray, out: np.ndarray, threads: int) -> np.ndarray:

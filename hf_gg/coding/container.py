@@ -96,8 +96,8 @@ def write_header(header: Header) -> bytes:
             body += _varint(length)
     body += bytes(-len(body) % 4)
     fixed = MAGIC + bytes((VERSION, header.coder, header.model, len(header.shape)))
-    size = (_FIXED + len(body)).to_bytes(4, "little")
-    return fixed + _crc(fixed, size, body) + size + bytes(body)
+    rest = (_FIXED + len(body)).to_bytes(4, "little") + bytes(body)
+    return fixed + _crc(fixed, rest) + rest
 
 
 def read_header(payload: np.ndarray, name: str) -> Header:
@@ -138,7 +138,7 @@ def _read_body(reader: _Reader, coder: int, model: int, dimensions: int, name: s
         raise ValueError(f"{name}: damaged: {dimensions} dimensions, at most {MAX_DIMENSIONS} are allowed.")
     header = Header(coder, model, tuple(reader.varint() for _ in range(dimensions)))
     count = reader.varint()
-    if count != header.count or count > MAX_COUNT:
+    if count != header.count or math.prod(max(size, 1) for size in header.shape) > MAX_COUNT:
         raise ValueError(f"{name}: damaged: {count} symbols do not fit the shape {[*header.shape]}.")
     header.checksum = int.from_bytes(reader.take(4), "little")
     if coder == CONSTANT:
@@ -155,8 +155,8 @@ def _read_body(reader: _Reader, coder: int, model: int, dimensions: int, name: s
         if not 0 < chunks <= reader.left:
             raise ValueError(f"{name}: damaged: the index of {chunks} chunks is cut short.")
         lengths = [reader.varint() for _ in range(chunks)]
-        if max(lengths) > 32 * MAX_ROWS << MAX_LOG2_LANES:
-            raise ValueError(f"{name}: damaged: a chunk of {max(lengths)} words.")
+        if max(lengths) > 2 * header.chunk:
+            raise ValueError(f"{name}: damaged: a chunk of {max(lengths)} words for {header.chunk} symbols.")
         header.lengths = np.array(lengths, np.int64)
         low, high = (MIN_BITS, MAX_BITS) if coder == RANS else (0, MAX_ORDER)
         if not low <= header.bits <= high:
@@ -210,7 +210,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _crc(*parts: bytes | bytearray) -> bytes:
+def _crc(*parts: bytes) -> bytes:
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)

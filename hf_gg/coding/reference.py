@@ -119,7 +119,7 @@ def rans_decode(
         ValueError: the stream of a chunk is damaged.
     """
     x = np.frombuffer(states.tobytes(), "<u4").reshape(-1, lanes).astype(np.uint64)
-    _check_ends("state", (x >= LOWEST).all(axis=1))
+    _check_ends("state", np.all(x >= LOWEST, axis=1))
     symbol_of = np.repeat(np.arange(256, dtype=np.uint8), frequencies)
     frequency, start = frequencies.astype(np.uint64), _starts(frequencies).astype(np.uint64)
     ends = np.cumsum(lengths)
@@ -145,7 +145,7 @@ def rans_decode(
         x[:active] = np.where(low, new << np.uint64(16) | padded[np.minimum(position, len(padded) - 1)], new)
         hashes[:active] = fresh
         grid[:active, row] = symbol
-    _check_ends("stream", (at == ends) & (x == LOWEST).all(axis=1))
+    _check_ends("stream", (at == ends) & np.all(x == LOWEST, axis=1))
     out[:] = grid.reshape(-1)[: len(out)]
     return hashes
 
