@@ -160,7 +160,7 @@ def check_given(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return expanded
 
 
-def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     """Steps for a weight that has changed: the ones that it had, but for rows that became much larger or smaller.
 
     A row whose root mean square changed by more than a factor of 2 gets a step that changed as much; one that was all
@@ -172,7 +172,7 @@ def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
         after: the new one.
 
     Returns:
-        float32 [..., rows, 1].
+        float32 [..., rows, 1]; None if the old weight is all zeros.
 
     Raises:
         ValueError: NaN or infinity in the new weight.
@@ -182,7 +182,7 @@ def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
         raise ValueError(NOT_FINITE)
     known = old > 0
     if not bool(known.any()):
-        return _steps_of(new, 1 / STEPS_PER_RMS)
+        return None
     ratio = new / old
     same = (ratio >= 0.5) & (ratio <= 2.0)
     fresh = new * (steps[known] / old[known]).median()

@@ -27,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import ops
 from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
-from ..nn.base import QuantizedWeight
-from . import checkpoint, fsdp, gguf, saving, selection
+from ..nn.base import OUTLIERS, QuantizedWeight
+from . import checkpoint, fsdp, gguf, outliers, saving, selection
 from .report import quantization_report
 
 
@@ -201,6 +201,7 @@ class GGHfQuantizer(HfQuantizer):
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []
+        self._outliers: dict | None = {}
         self._gguf: gguf.GgufSource | None = None
 
     # --- before loading ---
@@ -225,7 +226,18 @@ class GGHfQuantizer(HfQuantizer):
             self._gguf.prepare(model)
         else:
             codes = self.quantization_config.weight_format if self._from_codes else None
-            checkpoint.check_shards(checkpoint_files, weight_format=codes)
+            self._outliers = checkpoint.check_shards(checkpoint_files, weight_format=codes)
+        if not all(str(file).endswith(".safetensors") for file in checkpoint_files or ["state_dict"]):
+            self._outliers = None  # nobody has looked
+        if (
+            self.quantization_config.weight_format == "grid"
+            and not self._from_codes
+            and outliers.is_distributed(model)
+        ):
+            raise ValueError(
+                "weight_format='grid' does not quantize a model that is split over processes, none of which sees a "
+                "whole weight: quantize and save it in one process, and load that checkpoint."
+            )
         if self._from_codes and self.quantization_config.dequantize:
             _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
@@ -240,6 +252,7 @@ class GGHfQuantizer(HfQuantizer):
             return self._gguf.conversions(weight_conversions, model)
         if not self._from_codes:
             return weight_conversions
+        outliers.make_room(model, weight_conversions, self._outliers)
         if self.quantization_config.format_version == 1:
             return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
         kept, self._dropped_conversions = checkpoint.split_conversions(model, weight_conversions)
@@ -252,7 +265,10 @@ class GGHfQuantizer(HfQuantizer):
     # --- loading ---
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        found = None if self._from_codes else checkpoint.find_codes(model, param_name)
+        if self._from_codes:
+            # a list of outliers is as long as it is
+            return self._outliers is None and param_name.endswith(OUTLIERS)
+        found = checkpoint.find_codes(model, param_name)
         return found is not None and not checkpoint.is_mismatched(*found)
 
     def get_quantize_ops(self):
@@ -317,8 +333,9 @@ class GGHfQuantizer(HfQuantizer):
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
         model._weight_conversions = self._dropped_conversions + kept
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for key in [key for key in tied if key.endswith("_scale") and key.removesuffix("_scale") in tied]:
-            del tied[key]
+        for suffix in ("_scale", *OUTLIERS):
+            for key in [key for key in tied if key.endswith(suffix) and key.removesuffix(suffix) in tied]:
+                del tied[key]
         model.tie_weights()
         saving.remove(model)
         model.__dict__.pop("resize_token_embeddings", None)
@@ -364,6 +381,7 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
         model.tie_weights(recompute_mapping=False)
+    outliers.tie(model)
 
     quantizer = GGHfQuantizer(config, pre_quantized=False)
     quantizer.skipped = chosen.skipped
@@ -462,7 +480,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
     model.__dict__.pop("initialize_weights", None)
     checkpoint.raise_loading_errors(model)
     fresh = replace_absent(model)
-    damaged: list[str] = []
+    damaged = outliers.finish(model)
     for name, module, weight in selection.code_parameters(model):
         scale = module._parameters[f"{weight}_scale"]
         scale.requires_grad_(False)
@@ -472,6 +490,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
             damaged.append(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
     checkpoint.raise_errors(model, damaged)
+    outliers.tie(model)
     return fresh
 
 
