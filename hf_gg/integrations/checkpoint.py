@@ -78,7 +78,7 @@ class Quantize(ConversionOps):
                 # how many there are is known only now: the loader has no place for them
                 set_outliers(module, weight, outliers)
                 for parameter in outliers_of(module, weight) or ():
-                    parameter._is_hf_initialized = True
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as the loader would
             except ValueError as error:
                 _notes(module, "errors").append(f"{name}: {error}")
                 codes, scale = _placeholder(value, 1 if transposed and experts else -1)

@@ -33,6 +33,9 @@ def make_room(model: nn.Module, conversions: list, outliers: dict[str, tuple[str
                 wide = module._parameters[weight].numel() > 2**31
                 index = torch.empty(0, dtype=torch.int64 if wide else torch.int32, device="meta")
                 set_outliers(module, weight, (index, torch.empty(0, dtype=torch.float32, device="meta")))
+        # most of them will not be there
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        model._keys_to_ignore_on_load_missing = {*ignored, rf"({'|'.join(OUTLIERS)})$"}
         return
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     for key, (dtype, _) in outliers.items():

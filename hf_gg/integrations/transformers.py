@@ -28,7 +28,7 @@ from .. import ops
 from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import OUTLIERS, QuantizedWeight
-from . import checkpoint, fsdp, gguf, outliers, saving, selection
+from . import allocation, checkpoint, fsdp, gguf, outliers, saving, selection
 from .report import quantization_report
 
 
@@ -346,8 +346,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
 
     Raises:
-        ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
-            the model is then unchanged.
+        ValueError: the model is quantized already, on the meta device, holds NaN or infinity, or cannot meet the
+            target (the weight is named); the model is then unchanged.
         TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
@@ -370,13 +370,17 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
     options = config.module_options()
     with torch.no_grad():
+        scales = allocation.steps_of_model(model, chosen, options["scale"]) if config.weight_format == "grid" else {}
         for name in chosen.linears:
-            module = RF8Linear.from_linear(model.get_submodule(name), name=name, **options)
-            selection.replace_module(model, name, module)
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))
         for name in chosen.embeddings:
-            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **options))
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **own))
         for name in chosen.experts:
-            RF8Experts.convert_(model.get_submodule(name), **options)
+            RF8Experts.convert_(model.get_submodule(name), **{**options, "scale": scales.get(name, config.scale)})
+        for _, module in selection.quantized_modules(model):
+            module.scale_mode = options["scale"]
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales

@@ -9,6 +9,7 @@ beside each, and the forward pass runs over them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ class RF8Experts(nn.Module):
         """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes
         there.
 
+        Args:
+            module: the module.
+            format: weight format.
+            scale: scale mode; of a grid also the steps of each weight by its name, [experts, out, 1].
+            rounding: rounding.
+            backend: backend of the operators.
+
         Raises:
             ValueError: NaN or infinity in a weight, a layout that is not known, unknown format, scale or backend.
         """
@@ -82,7 +90,8 @@ class RF8Experts(nn.Module):
                 new[name] = weight.to(torch.uint8), torch.empty(shape, dtype=torch.float32, device="meta"), None
                 continue
             try:
-                new[name] = quantize_experts(weight, fmt, scale, rounding, module.is_transposed)
+                own = scale[name] if isinstance(scale, Mapping) else scale
+                new[name] = quantize_experts(weight, fmt, own, rounding, module.is_transposed)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         module.__class__ = _experts_class(type(module))  # type: ignore[arg-type]
