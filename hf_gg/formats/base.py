@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,21 @@ class WeightFormat:
     def check_options(self, scale: Any, rounding: str) -> None:
         """Raise a `ValueError` for a scale mode or a rounding that the format does not know."""
         raise NotImplementedError
+
+    def rule(self, scale: Any) -> Any:
+        """A scale mode as modules keep it."""
+        return scale
+
+    def scale_again(self, mode: Any, scale: torch.Tensor, before: Callable[[], torch.Tensor], after: torch.Tensor):
+        """The scale mode with which a changed weight is quantized again.
+
+        Args:
+            mode: with which it was quantized before.
+            scale: of the codes.
+            before: gives the decoded weight.
+            after: the new weight.
+        """
+        return mode
 
     def quantize(
         self, weight: torch.Tensor, scale: Any = "row", rounding: str = "nearest", reduce=None

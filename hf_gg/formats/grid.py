@@ -14,6 +14,7 @@ steps, the root mean square of a row over 4 to 16, that is a weight in many mill
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,15 @@ class Grid(WeightFormat):
             given = _steps.check_given(weight, scale)
             return _steps.encode_rows(weight, given), given
         return _steps.quantize(weight, StepRule.of(scale))
+
+    def rule(self, scale: Any) -> StepRule:
+        """The rule of a scale mode; the default one for given steps."""
+        return StepRule() if isinstance(scale, (torch.Tensor, Mapping)) else StepRule.of(scale)
+
+    def scale_again(self, mode: Any, scale: torch.Tensor, before: Callable[[], torch.Tensor], after: torch.Tensor):
+        """The steps that the weight had, so that what did not change keeps its codes; see `steps.kept_steps`."""
+        kept = _steps.kept_steps(scale, before(), after)
+        return mode if kept is None else kept
 
     def take_outliers_(
         self, codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor

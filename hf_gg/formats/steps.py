@@ -89,12 +89,17 @@ def steps_for_bits(weight: torch.Tensor, bits: float, per: str = "row") -> torch
         ValueError: NaN or infinity in the weight, fewer bits than the steps take alone, an unknown `per`.
         TypeError: the weight is not floating point.
     """
-    return quantize(weight, StepRule(per, bits=bits))[1]
+    return steps_of(weight, StepRule(per, bits=bits))
 
 
 def steps_for_snr(weight: torch.Tensor, snr: float, per: str = "row") -> torch.Tensor:
     """The steps at which a weight has a signal-to-noise ratio of `snr` dB, float32 [..., rows, 1]. As above."""
-    return quantize(weight, StepRule(per, snr=snr))[1]
+    return steps_of(weight, StepRule(per, snr=snr))
+
+
+def steps_of(weight: torch.Tensor, rule: StepRule) -> torch.Tensor:
+    """The steps of a weight by a rule, float32 [..., rows, 1]. Errors as in `Grid.quantize`."""
+    return quantize(weight, rule)[1]
 
 
 def entropy(codes: torch.Tensor) -> float:
@@ -120,10 +125,10 @@ def quantize(weight: torch.Tensor, rule: StepRule) -> tuple[torch.Tensor, torch.
         steps = torch.full(shape, rule.step, dtype=torch.float32, device=weight.device)
         return encode_rows(weight, steps), steps
     if rule.bits is None and rule.snr is None:
-        steps = _steps_of(rms, 1 / STEPS_PER_RMS)
+        steps = _relative_steps(rms, 1 / STEPS_PER_RMS)
         return encode_rows(weight, steps), steps
     factor = _solve(weight, rms, rule)
-    steps = _steps_of(rms, factor)
+    steps = _relative_steps(rms, factor)
     codes = encode_rows(weight, steps)
     if weight.numel() <= _SAMPLE or not bool(rms.any()):
         return codes, steps
@@ -133,7 +138,7 @@ def quantize(weight: torch.Tensor, rule: StepRule) -> tuple[torch.Tensor, torch.
             break
         # a step twice as wide costs one bit, and 6 dB
         mended = factor * min(max(2 ** (error if rule.snr is None else error / 6.02), 0.9), 1.1)
-        new_steps = _steps_of(rms, mended)
+        new_steps = _relative_steps(rms, mended)
         new_codes = encode_rows(weight, new_steps)
         new_error = _deviation(weight, new_codes, new_steps, rule)
         if abs(new_error) >= abs(error):
@@ -160,7 +165,7 @@ def check_given(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return expanded
 
 
-def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     """Steps for a weight that has changed: the ones that it had, but for rows that became much larger or smaller.
 
     A row whose root mean square changed by more than a factor of 2 gets a step that changed as much; one that was all
@@ -172,7 +177,7 @@ def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
         after: the new one.
 
     Returns:
-        float32 [..., rows, 1].
+        float32 [..., rows, 1]; None if the old weight is all zeros.
 
     Raises:
         ValueError: NaN or infinity in the new weight.
@@ -182,7 +187,7 @@ def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
         raise ValueError(NOT_FINITE)
     known = old > 0
     if not bool(known.any()):
-        return _steps_of(new, 1 / STEPS_PER_RMS)
+        return None
     ratio = new / old
     same = (ratio >= 0.5) & (ratio <= 2.0)
     fresh = new * (steps[known] / old[known]).median()
@@ -222,7 +227,7 @@ def _root_mean_squares(weight: torch.Tensor, per: str) -> torch.Tensor:
     return squares.sqrt().float()
 
 
-def _steps_of(rms: torch.Tensor, factor: float) -> torch.Tensor:
+def _relative_steps(rms: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.where(rms > 0, (rms * factor).clamp(_TINY, _HUGE), 1.0)
 
 

@@ -17,7 +17,7 @@ import types
 
 from torch import nn
 
-from . import coded
+from . import coded, outliers
 
 
 try:
@@ -50,6 +50,7 @@ def save_pretrained(self, save_directory, *args, **kwargs):
         ValueError: `save_original_format=False` or `distributed_checkpoint=True`; an unknown coding.
     """
     coder = coded.check_coding(coded.coding_of(self))
+    outliers.tie(self)  # merged adapters may have made some
     save = functools.partial(type(self).save_pretrained, self)
     if kwargs.get("save_original_format") is False:
         raise ValueError(

@@ -27,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import ops
 from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
-from ..nn.base import QuantizedWeight
-from . import checkpoint, coded, fsdp, gguf, saving, selection
+from ..nn.base import OUTLIERS, QuantizedWeight
+from . import allocation, checkpoint, coded, fsdp, gguf, outliers, saving, selection
 from .report import quantization_report
 
 
@@ -214,6 +214,7 @@ class GGHfQuantizer(HfQuantizer):
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []
+        self._outliers: dict | None = {}
         self._gguf: gguf.GgufSource | None = None
 
     @property
@@ -242,9 +243,20 @@ class GGHfQuantizer(HfQuantizer):
             self._gguf.prepare(model)
         else:
             codes = self.quantization_config.weight_format if self._from_codes else None
-            checkpoint.check_shards(checkpoint_files, weight_format=codes)
+            self._outliers = checkpoint.check_shards(checkpoint_files, weight_format=codes)
         if self._holds_floats:
             return
+        if not all(str(file).endswith(".safetensors") for file in checkpoint_files or ["state_dict"]):
+            self._outliers = None  # nobody has looked
+        if (
+            self.quantization_config.weight_format == "grid"
+            and not self._from_codes
+            and outliers.is_distributed(model)
+        ):
+            raise ValueError(
+                "weight_format='grid' does not quantize a model that is split over processes, none of which sees a "
+                "whole weight: quantize and save it in one process, and load that checkpoint."
+            )
         if self._from_codes and self.quantization_config.dequantize:
             _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
@@ -259,6 +271,7 @@ class GGHfQuantizer(HfQuantizer):
             return self._gguf.conversions(weight_conversions, model)
         if not self._from_codes or self._holds_floats:
             return weight_conversions
+        outliers.make_room(model, weight_conversions, self._outliers)
         if self.quantization_config.format_version == 1:
             return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
         kept, self._dropped_conversions = checkpoint.split_conversions(model, weight_conversions)
@@ -271,7 +284,10 @@ class GGHfQuantizer(HfQuantizer):
     # --- loading ---
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        found = None if self._from_codes else checkpoint.find_codes(model, param_name)
+        if self._from_codes:
+            # a list of outliers is as long as it is
+            return self._outliers is None and param_name.endswith(OUTLIERS)
+        found = checkpoint.find_codes(model, param_name)
         return found is not None and not checkpoint.is_mismatched(*found)
 
     def get_quantize_ops(self):
@@ -340,8 +356,9 @@ class GGHfQuantizer(HfQuantizer):
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
         model._weight_conversions = self._dropped_conversions + kept
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for key in [key for key in tied if key.endswith("_scale") and key.removesuffix("_scale") in tied]:
-            del tied[key]
+        for suffix in ("_scale", *OUTLIERS):
+            for key in [key for key in tied if key.endswith(suffix) and key.removesuffix(suffix) in tied]:
+                del tied[key]
         model.tie_weights()
         saving.remove(model)
         model.__dict__.pop("resize_token_embeddings", None)
@@ -352,8 +369,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
 
     Raises:
-        ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
-            the model is then unchanged.
+        ValueError: the model is quantized already, on the meta device, holds NaN or infinity, or cannot meet the
+            target (the weight is named); the model is then unchanged.
         TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
@@ -378,17 +395,22 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
     options = config.module_options()
     with torch.no_grad():
+        scales = allocation.steps_of_model(model, chosen, options["scale"]) if config.weight_format == "grid" else {}
         for name in chosen.linears:
-            module = RF8Linear.from_linear(model.get_submodule(name), name=name, **options)
-            selection.replace_module(model, name, module)
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))
         for name in chosen.embeddings:
-            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **options))
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **own))
         for name in chosen.experts:
-            RF8Experts.convert_(model.get_submodule(name), **options)
+            RF8Experts.convert_(model.get_submodule(name), **{**options, "scale": scales.get(name, config.scale)})
+        for _, module in selection.quantized_modules(model):
+            module.scale_mode = options["scale"]
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
         model.tie_weights(recompute_mapping=False)
+    outliers.tie(model)
 
     quantizer = GGHfQuantizer(config, pre_quantized=False)
     quantizer.skipped = chosen.skipped
@@ -487,7 +509,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
     model.__dict__.pop("initialize_weights", None)
     checkpoint.raise_loading_errors(model)
     fresh = replace_absent(model)
-    damaged: list[str] = []
+    damaged = outliers.finish(model)
     for name, module, weight in selection.code_parameters(model):
         scale = module._parameters[f"{weight}_scale"]
         scale.requires_grad_(False)
@@ -497,6 +519,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
             damaged.append(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
     checkpoint.raise_errors(model, damaged)
+    outliers.tie(model)
     return fresh
 
 

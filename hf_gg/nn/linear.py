@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..formats import get_format
-from .base import QuantizedWeight
+from .base import QuantizedWeight, outliers_of, set_outliers
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -95,7 +95,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         module = cls.like(linear, format=format, backend=backend, scale=scale, rounding=rounding)
         weight = linear.weight.detach()
         try:
-            codes, row_scale = ops.quantize(
+            codes, row_scale, outliers = ops.quantize_with_outliers(
                 weight.T if module.fan_in_fan_out else weight, get_format(format), scale, rounding
             )
         except ValueError as error:
@@ -103,6 +103,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         module.weight = nn.Parameter(codes, requires_grad=False)
         row_scale = row_scale.expand(module.out_features, 1).contiguous()
         module.weight_scale = nn.Parameter(row_scale, requires_grad=False)
+        set_outliers(module, "weight", outliers)
         module.bias = linear.bias
         return module.train(linear.training)
 
@@ -123,7 +124,11 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.linear(x, self.weight, self.weight_scale, self.bias, self.format, self.backend)
+        y = ops.linear(x, self.weight, self.weight_scale, self.bias, self.format, self.backend)
+        outliers = outliers_of(self, "weight")
+        if outliers is None:
+            return y
+        return (y + ops.outlier_linear(x, *outliers, self.out_features, self.in_features)).to(y.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An `nn.Linear` with the decoded weight. The bias is shared."""

@@ -97,6 +97,14 @@ def linear_grad_input(
     return torch.ops.aten._unsafe_view(out, (*grad.shape[:-1], codes.shape[1]))
 
 
+def quantize_with_outliers(
+    weight: torch.Tensor, fmt: WeightFormat, scale: Any = "row", rounding: str = "nearest", reduce=None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Codes, scale and the list of outliers (`WeightFormat.take_outliers_`), None where the format has none."""
+    codes, scales = quantize(weight, fmt, scale, rounding, reduce)
+    return codes, scales, fmt.take_outliers_(codes, scales, weight)
+
+
 def quantize(
     weight: torch.Tensor, fmt: WeightFormat, scale: Any = "row", rounding: str = "nearest", reduce=None
 ) -> tuple[torch.Tensor, torch.Tensor]:

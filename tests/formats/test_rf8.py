@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gg.formats import FORMATS, SCALES, get_format
+from hf_gg.formats import SCALES, get_format
 
 
 DATA = Path(__file__).parent.parent / "data"
