@@ -8,7 +8,8 @@ A number is ±magnitude × step. Sign and magnitude become planes of bytes, each
 Only as many planes are there as the largest magnitude needs. Weights of a trained model are small on their grid, so
 the first plane holds nearly all, and a rare large one costs next to nothing in the second. Planes know nothing of each
 other, which costs 0.03 bits a number at most (a normal distribution whose deviation is about 100 steps). The sign has
-a bit of its own because a zero has one too: what comes back is the same to the last bit.
+a bit of its own because a zero has one too: what comes back is the same to the last bit. That bit is not free: a zero
+whose sign is random takes one bit more.
 
 Layout, little-endian: magic `GGLEVEL1`, dtype (1 byte: 0 float32, 1 float16, 2 bfloat16, 3 float64), number of planes
 n (1 byte, 1-4), 2 zero bytes, step (float64), n lengths (uint64), CRC-32 of all bytes before it (uint32), and n
@@ -40,7 +41,7 @@ def is_levels(payload: torch.Tensor) -> bool:
 
 
 def nearest_levels(values: torch.Tensor, step: float, name: str = "tensor") -> tuple[torch.Tensor, float]:
-    """Round numbers to multiples of a step.
+    """Round numbers to multiples of a step; zeros lose their sign.
 
     Args:
         values: floating point, any shape.
@@ -57,7 +58,7 @@ def nearest_levels(values: torch.Tensor, step: float, name: str = "tensor") -> t
     for part, out in zip(_chunks(values), _chunks(result)):
         numbers = part.double()
         levels = _levels(numbers, step, name)
-        out.copy_(levels * step)
+        out.copy_(levels * step + 0.0)  # which takes the sign from a zero
         largest = max(largest, float((out.double() - numbers).abs().max()))
     return result, largest
 

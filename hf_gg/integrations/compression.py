@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import coding
+from ..nn.base import OUTLIERS
 from .checkpoint import read_header
 from .folders import copy_others, weight_files
 from .lossless import GridFiles, StoredTensor
@@ -162,10 +163,10 @@ def stored_tensors(model: nn.Module, folder: Path, originals: Mapping[str, torch
     rows = []
     for name, module, weight in code_parameters(model):
         codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]
-        parts = [_stored_name(model, f"{name}{suffix}") for suffix in ("", "_scale")]
-        if parts[0] not in sizes:
+        stored = _stored_name(model, name)
+        if stored not in sizes:
             continue  # tied
-        after = sum(sizes.pop(part)[1] for part in parts)
+        after = sum(sizes.pop(f"{stored}{suffix}", (0, 0))[1] for suffix in ("", "_scale", *OUTLIERS))
         original = originals.get(name)
         if original is None:
             before, signal, lost = codes.numel() + 4 * scale.numel(), math.nan, math.nan

@@ -56,7 +56,7 @@ class GridFiles:
         files: safetensors files, or PyTorch's own, which are read as data only.
         step: of the grid.
         coder: `"rans"` or `"eg0"`.
-        round: matrices that are not on the grid are rounded to it, instead of an error.
+        round: matrices that are not on the grid are rounded to it, instead of an error, and zeros lose their signs.
         keep: regular expressions for names of matrices to leave as they are.
     """
 
@@ -92,7 +92,7 @@ class GridFiles:
                     raise ValueError(f"{name} is coded or quantized already: start from the float model.")
                 if self._is_coded(name, value):
                     rounded, distance = nearest_levels(value, self.step, name)
-                    if not _same_bits(rounded, value):
+                    if not torch.equal(rounded, value):
                         distances[name] = distance
                 progress()
         if distances and not self.round:
@@ -198,6 +198,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _entropy(value: torch.Tensor, step: float) -> float:
-    levels = (value.reshape(-1).double() / step).round().long()
+    flat = value.reshape(-1)
+    # the sign of a zero is coded too
+    levels = 2 * (flat.double() / step).round().long() + torch.signbit(flat)
     counts = torch.unique(levels, return_counts=True)[1].double()
     return float(-(counts * (counts / levels.numel()).log2()).sum() / levels.numel())
