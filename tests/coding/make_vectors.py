@@ -1,6 +1,6 @@
 """Writes `tests/data/coded/vectors.json`. The file is fixed for version 1: run this only for another version.
 
-    python tests/coding/make_vectors.py
+python tests/coding/make_vectors.py
 """
 
 from __future__ import annotations

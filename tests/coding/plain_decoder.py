@@ -1,4 +1,4 @@
-"""A second decoder of payloads, written from `docs/coded-checkpoints.md` in plain Python, without a thought to speed."""
+"""A second decoder of payloads, written from `docs/coded-checkpoints.md` in plain Python; slow."""
 
 from __future__ import annotations
 
