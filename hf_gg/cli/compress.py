@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help="weight format: rf8 (default), rf8x, rf8-e5, grid (default with a target)")
     parser.add_argument("--coding", choices=("rans", "eg0"), default="rans", help="coder (default: rans)")
     parser.add_argument(
-        "--round", action="store_true", help="with --lossless-grid: round matrices that are off the grid"
+        "--round",
+        action="store_true",
+        help="with --lossless-grid: round what is off the grid, and take the sign from zeros",
     )
     parser.add_argument(
         "--keep",
