@@ -251,7 +251,7 @@ with torch.no_grad():
     assert torch.equal(again(tokens).logits, wanted)
 
 from lm_eval.models.huggingface import HFLM
-lm = HFLM(pretrained=folder, tokenizer=tokenizer, batch_size=1)
+lm = HFLM(pretrained=folder, tokenizer=tokenizer, batch_size=1, device="cpu")
 assert sum(type(m).__name__ == "RF8Linear" for m in lm.model.modules()) == 14
 """
 
