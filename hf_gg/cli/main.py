@@ -17,7 +17,9 @@ from .. import __version__
 
 
 # Name: (module, one line of help).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+}
 
 DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."
 

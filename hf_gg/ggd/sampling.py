@@ -36,9 +36,7 @@ def check_shape(shape: float) -> float:
 
 
 @torch.no_grad()
-def gg_(
-    tensor: torch.Tensor, std: float, shape: float, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def gg_(tensor: torch.Tensor, std: float, shape: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Fill a tensor with independent draws from a generalized Gaussian of mean 0, in place.
 
     The draws come from torch's own generator, a million at a time, in row-major order whatever the strides. In
@@ -118,7 +116,9 @@ def _fill_shards(tensor, std: float, shape: float, generator: torch.Generator | 
     from torch.distributed.tensor import distribute_tensor
 
     if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError(f"A DTensor with placements {tensor.placements} is a pending sum: it holds no values to draw.")
+        raise ValueError(
+            f"A DTensor with placements {tensor.placements} is a pending sum: it holds no values to draw."
+        )
     local = tensor.to_local()
     if tensor.device_mesh.get_coordinate() is None:
         return  # this process is none of the mesh

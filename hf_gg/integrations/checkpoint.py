@@ -4,6 +4,7 @@ In a file, codes are uint8 under the parameter's own name with one more, trailin
 Where this package is not installed, Transformers then finds a tensor of another shape than the model's and refuses the
 checkpoint, instead of taking codes for weights. A trailing dimension leaves all others where they are, so that shards
 of tensor and expert parallelism are cut from the file as ever, for any width. (Version 1 had plain `[out, in]`.)
+Entropy-coded codes have one dimension and are decoded before they arrive here (`coded.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from .. import ops
 from ..formats import get_format
 from ..nn import RF8Experts
+from ..nn.base import OUTLIERS, outliers_of, set_outliers
 from ..nn.experts import quantize_experts
+from . import coded
 from .selection import code_parameters, quantized_modules, weight_names
 
 
@@ -68,11 +71,16 @@ class Quantize(ConversionOps):
                         f"stored as {value.dtype}, and only weights in float16, bfloat16, float32 or float64 can be "
                         "quantized. Start from the full-precision model."
                     )
+                options = (fmt, module.scale_mode, module.rounding)
                 if experts:
-                    codes, scale = quantize_experts(value, fmt, module.scale_mode, module.rounding, transposed, reduce)
+                    codes, scale, outliers = quantize_experts(value, *options, transposed, reduce)
                 else:
-                    codes, scale = ops.quantize(value, fmt, module.scale_mode, module.rounding, reduce)
+                    codes, scale, outliers = ops.quantize_with_outliers(value, *options, reduce)
                     scale = scale.expand(codes.shape[0], 1).contiguous()
+                # how many there are is known only now: the loader has no place for them
+                set_outliers(module, weight, outliers)
+                for parameter in outliers_of(module, weight) or ():
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as the loader would
             except ValueError as error:
                 _notes(module, "errors").append(f"{name}: {error}")
                 codes, scale = _placeholder(value, 1 if transposed and experts else -1)
@@ -110,7 +118,7 @@ class Unpack(ConversionOps):
 
 
 class Pack(ConversionOps):
-    """Saving codes: add the trailing dimension."""
+    """Saving codes: add the trailing dimension, or have them coded if the model's config says so."""
 
     def convert(
         self, input_dict, source_patterns=None, target_patterns=None, full_layer_name=None, model=None, **kwargs
@@ -118,7 +126,8 @@ class Pack(ConversionOps):
         value = _only(next(iter(input_dict.values())))
         found = find_codes(model, full_layer_name)
         if found is not None and value.ndim == found[0]._parameters[found[1]].ndim:
-            value = value.unsqueeze(-1)
+            coder = coded.coding_of(model)
+            value = value.unsqueeze(-1) if coder == "none" else coded.Encoding(value, coder, full_layer_name)
         return {full_layer_name: value}
 
     @property
@@ -146,7 +155,8 @@ def raise_loading_errors(model: nn.Module) -> None:
         ValueError: each of the errors in a line; the tensors are named.
     """
     notes = [module.__dict__.pop("_loading_notes", {}) for _, module in quantized_modules(model)]
-    raise_errors(model, [error for note in notes for error in note.get("errors", ())])
+    errors = coded.take_errors(model)
+    raise_errors(model, errors + [error for note in notes for error in note.get("errors", ())])
 
 
 def raise_errors(model: nn.Module, errors: list[str]) -> None:
@@ -212,7 +222,7 @@ def mark_all_saved_codes() -> None:
                 conversions = get_model_conversion_mapping(model, add_legacy=False)
                 conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
             model._weight_conversions = split_conversions(model, conversions)[0] + unpack_conversions(model)
-        return original(model, state_dict)
+        return coded.encode_all(original(model, state_dict))
 
     modeling_utils.revert_weight_conversion = revert_weight_conversion
 
@@ -241,7 +251,7 @@ def _targets(pattern: str, names: list[str]) -> bool:
     return any(regex.search(name) for name in names)
 
 
-def _reduction(parameter: Any, transposed: bool, scale_mode: str):
+def _reduction(parameter: Any, transposed: bool, scale_mode: Any):
     """How processes agree on a scale when what it covers is split over them; None where it is not.
 
     Args:
@@ -282,22 +292,26 @@ _WEIGHTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
 _MAX_HEADER = 100_000_000
 
 
-def check_shards(files: list[str] | None, weight_format: str | None) -> None:
+def check_shards(files: list[str] | None, weight_format: str | None) -> dict[str, tuple[str, list[int]]]:
     """Look at the headers of safetensors files before anything is loaded.
 
     Args:
         files: the checkpoint's files; others than `.safetensors` are left to their own loader.
         weight_format: of the codes by the config; None for weights in full precision, to be quantized now.
 
+    Returns:
+        The lists of outliers in the files by name, with their type and shape.
+
     Raises:
         ValueError: a header that is not one, a file shorter than its header says; a weight to be quantized that is
             narrower than 16 bits or no float; codes or scales of another type, or codes of another format.
     """
     types: dict[str, str] = {}
+    outliers: dict[str, tuple[str, list[int]]] = {}
     for path in files or []:
         if not str(path).endswith(".safetensors"):
             continue
-        header, file = _read_header(path), os.path.basename(path)
+        header, file = read_header(path), os.path.basename(path)
         metadata = header.pop("__metadata__", None) or {}
         if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
             raise ValueError(
@@ -306,6 +320,8 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
             )
         for name, entry in header.items():
             types[name] = entry["dtype"]
+            if name.endswith(OUTLIERS):
+                outliers[name] = entry["dtype"], list(entry["shape"])
             if weight_format is None and _is_narrow(name, entry):
                 raise ValueError(
                     f"{name} in {file} is stored as {entry['dtype']}: the model is quantized already. Start from the "
@@ -321,14 +337,16 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
                 f"{name}_scale is stored as {types[f'{name}_scale']}, and scales are F32: a cast of the file changed "
                 "them. Download or save it again."
             )
+    return outliers if weight_format is not None else {}
 
 
 def _is_narrow(name: str, entry: dict) -> bool:
-    matrix = name.rpartition(".")[2] in _WEIGHTS and len(entry["shape"]) >= 2
+    # a coded matrix has one dimension
+    matrix = name.rpartition(".")[2] in _WEIGHTS and (len(entry["shape"]) >= 2 or entry["dtype"] == "U8")
     return entry["dtype"] in _NARROW or (matrix and entry["dtype"] in _INTEGERS)
 
 
-def _read_header(path: str) -> dict[str, dict]:
+def read_header(path: str) -> dict[str, dict]:
     """The header of a safetensors file, which safetensors itself accepts."""
     name, size = os.path.basename(path), os.path.getsize(path)
     damaged = f"{name} is not a readable safetensors file"

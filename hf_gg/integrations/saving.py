@@ -17,6 +17,8 @@ import types
 
 from torch import nn
 
+from . import coded, outliers
+
 
 try:
     import fcntl
@@ -45,8 +47,10 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     In a distributed model every process must call it; one gathers and writes, and all return when the files are there.
 
     Raises:
-        ValueError: `save_original_format=False` or `distributed_checkpoint=True`.
+        ValueError: `save_original_format=False` or `distributed_checkpoint=True`; an unknown coding.
     """
+    coder = coded.check_coding(coded.coding_of(self))
+    outliers.tie(self)  # merged adapters may have made some
     save = functools.partial(type(self).save_pretrained, self)
     if kwargs.get("save_original_format") is False:
         raise ValueError(
@@ -71,6 +75,8 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     staging, lock = _make_staging(directory)
     try:
         result = save(staging, *args, **kwargs)
+        if coder != "none":
+            coded.correct_index(staging)
         _publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

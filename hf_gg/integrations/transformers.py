@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import types
 from typing import Any
@@ -25,13 +26,11 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..formats import get_format
-from ..formats.rf8 import check_rounding
-from ..formats.scaling import check_scale
+from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
-from ..nn.base import QuantizedWeight
+from ..nn.base import OUTLIERS, QuantizedWeight
 from ..training.initialization import GGInit
-from . import checkpoint, fsdp, gguf, saving, selection
+from . import allocation, checkpoint, coded, fsdp, gguf, outliers, saving, selection
 from .initialization import drawing
 from .report import quantization_report
 
@@ -42,15 +41,22 @@ METHOD = "gg"
 # 1: codes [out, in]; 2: codes [out, in, 1], refused by a Transformers without this package
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+_TARGETS = ("target_bits", "target_snr", "step")
 
 
 class GGConfig(QuantizationConfigMixin):
     """How a model is quantized.
 
     Args:
-        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`.
-        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
-        rounding: `"nearest"` (default) or `"reference"` (the authors').
+        weight_format: `"rf8"` (default), `"rf8x"`, `"rf8-e5"` or `"grid"`. (`"none"` is that of a checkpoint
+            of `hf-gg compress --lossless-grid`: coded in its files, a plain model once it is loaded.)
+        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`; of a grid, `"row"`
+            (steps in proportion to the rows' root mean squares) or `"tensor"` (one step a tensor).
+        rounding: `"nearest"` (default) or `"reference"` (the authors', not of a grid).
+        target_bits: of a grid: wanted bits a weight after entropy coding, steps and outliers counted, at most 8.
+        target_snr: of a grid: wanted signal-to-noise ratio, dB.
+        step: of a grid: the step itself, the same for every weight. Without any of these three a step is an eighth of
+            the root mean square, about 5 bits and 29 dB.
         modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
             are, added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own
             code needs in full precision.
@@ -62,6 +68,9 @@ class GGConfig(QuantizationConfigMixin):
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
         init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new classification
             head). Kept in `config.json`; may be given at any load. Without it the model's own initializer draws.
+        coding: how codes are saved: `"none"` (default), one byte each, or entropy-coded by `"rans"` or `"eg0"`
+            (exp-Golomb codes), and decoded while loading. A checkpoint keeps its coding when it is loaded and saved
+            again, unless a config given at load, or `model.config.quantization_config.coding`, says otherwise.
         format_version: of the checkpoint; set by the library.
 
     Raises:
@@ -80,6 +89,10 @@ class GGConfig(QuantizationConfigMixin):
         backend: str = "auto",
         dequantize: bool = False,
         init: GGInit | dict[str, Any] | None = None,
+        coding: str | None = None,
+        target_bits: float | None = None,
+        target_snr: float | None = None,
+        step: float | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -93,11 +106,16 @@ class GGConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # the field's enum is closed, its use is a string's
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
-        self.weight_format = get_format("rf8" if weight_format is None else weight_format).name
-        check_scale(scale)
-        check_rounding(rounding)
+        self.weight_format = coded.FLOATS if weight_format == coded.FLOATS else get_format(weight_format or "rf8").name
+        targets = {"target_bits": target_bits, "target_snr": target_snr, "step": step}
+        _check_targets(targets, self.weight_format)
+        self.target_bits, self.target_snr, self.step = target_bits, target_snr, step
+        if self.weight_format != coded.FLOATS:
+            get_format(self.weight_format).check_options(scale, rounding)
         ops.check_backend(backend)
         self.scale, self.rounding, self.backend = scale, rounding, backend
+        self._coding_given = coding is not None
+        self.coding = coded.check_coding("none" if coding is None else coding)
         if modules_to_not_convert is not None:
             selection.check_patterns(modules_to_not_convert)
             modules_to_not_convert = list(modules_to_not_convert)
@@ -133,22 +151,51 @@ class GGConfig(QuantizationConfigMixin):
             attributes["_format_wanted"] = self.weight_format
         if self.init is not None:
             attributes["init"] = self.init
+        if self._coding_given:
+            attributes["coding"] = self.coding
+        targets = {key: getattr(self, key) for key in _TARGETS if getattr(self, key) is not None}
+        if targets:
+            attributes["_targets_wanted"] = targets
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
-        values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        values = {
+            k: v for k, v in super().to_dict().items() if not k.startswith("_") and not (k in _TARGETS and v is None)
+        }
         init = values.pop("init")
         return values if init is None else values | {"init": dataclasses.asdict(init)}
 
-    def module_options(self) -> dict[str, str]:
+    def scale_rule(self) -> str | StepRule:
+        """The scale mode, or for a grid the rule of its steps."""
+        if self.weight_format != "grid":
+            return self.scale
+        return StepRule(self.scale, bits=self.target_bits, snr=self.target_snr, step=self.step)
+
+    def module_options(self) -> dict[str, Any]:
         """Keyword arguments of the quantized modules."""
         return {
             "format": self.weight_format,
             "backend": self.backend,
-            "scale": self.scale,
+            "scale": self.scale_rule(),
             "rounding": self.rounding,
         }
+
+
+def _check_targets(targets: dict[str, float | None], weight_format: str) -> None:
+    """Raise a `ValueError` for targets that make no sense, or that the format does not have."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if name == "target_bits" and value > 8:
+            raise ValueError(f"target_bits must be at most 8, which codes have in memory, got {value!r}.")
+    if given and weight_format != "grid":
+        raise ValueError(
+            f"{next(iter(given))} is of the grid, and weight_format is {weight_format!r}: use weight_format='grid'."
+        )
+    if len(given) > 1:
+        raise ValueError(f"The steps of a grid follow from one target, got {' and '.join(given)}: leave one out.")
 
 
 class GGHfQuantizer(HfQuantizer):
@@ -165,15 +212,30 @@ class GGHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
+        targets = quantization_config.__dict__.pop("_targets_wanted", {})
+        if quantization_config.weight_format == coded.FLOATS:
+            coded.check_floats(self.pre_quantized, wanted)
+            quantization_config.dequantize = True  # nothing of us remains in the model
         if self.pre_quantized and wanted not in (None, quantization_config.weight_format):
             raise ValueError(
                 f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: "
                 "quantizing twice loses twice. Quantize the full-precision model, or leave weight_format out."
             )
+        for key, value in targets.items():
+            if self.pre_quantized and getattr(quantization_config, key) != value:
+                raise ValueError(
+                    f"The checkpoint holds codes whose {key} was {getattr(quantization_config, key)}, and {value} was "
+                    f"asked for: quantizing twice loses twice. Quantize the full-precision model, or leave {key} out."
+                )
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []
+        self._outliers: dict | None = {}
         self._gguf: gguf.GgufSource | None = None
+
+    @property
+    def _holds_floats(self) -> bool:
+        return self.quantization_config.weight_format == coded.FLOATS
 
     # --- before loading ---
 
@@ -197,7 +259,20 @@ class GGHfQuantizer(HfQuantizer):
             self._gguf.prepare(model)
         else:
             codes = self.quantization_config.weight_format if self._from_codes else None
-            checkpoint.check_shards(checkpoint_files, weight_format=codes)
+            self._outliers = checkpoint.check_shards(checkpoint_files, weight_format=codes)
+        if self._holds_floats:
+            return
+        if not all(str(file).endswith(".safetensors") for file in checkpoint_files or ["state_dict"]):
+            self._outliers = None  # nobody has looked
+        if (
+            self.quantization_config.weight_format == "grid"
+            and not self._from_codes
+            and outliers.is_distributed(model)
+        ):
+            raise ValueError(
+                "weight_format='grid' does not quantize a model that is split over processes, none of which sees a "
+                "whole weight: quantize and save it in one process, and load that checkpoint."
+            )
         if self._from_codes and self.quantization_config.dequantize:
             _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
@@ -210,8 +285,9 @@ class GGHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, model):
         if self._gguf:
             return self._gguf.conversions(weight_conversions, model)
-        if not self._from_codes:
+        if not self._from_codes or self._holds_floats:
             return weight_conversions
+        outliers.make_room(model, weight_conversions, self._outliers)
         if self.quantization_config.format_version == 1:
             return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
         kept, self._dropped_conversions = checkpoint.split_conversions(model, weight_conversions)
@@ -224,7 +300,10 @@ class GGHfQuantizer(HfQuantizer):
     # --- loading ---
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        found = None if self._from_codes else checkpoint.find_codes(model, param_name)
+        if self._from_codes:
+            # a list of outliers is as long as it is
+            return self._outliers is None and param_name.endswith(OUTLIERS)
+        found = checkpoint.find_codes(model, param_name)
         return found is not None and not checkpoint.is_mismatched(*found)
 
     def get_quantize_ops(self):
@@ -245,6 +324,9 @@ class GGHfQuantizer(HfQuantizer):
     # --- after loading ---
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self._holds_floats:
+            checkpoint.raise_loading_errors(model)
+            return model
         with drawing(self.quantization_config.init):
             self.skipped.update(finish_loading(model))
         # a GGUF file's own conversions are not those of the checkpoint to save
@@ -270,6 +352,7 @@ class GGHfQuantizer(HfQuantizer):
             "quant_method": METHOD,
             "format_version": str(FORMAT_VERSION),
             "weight_format": self.quantization_config.weight_format,
+            "coding": self.quantization_config.coding,
         }
 
     def _dequantize(self, model, dtype=None):
@@ -290,8 +373,9 @@ class GGHfQuantizer(HfQuantizer):
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
         model._weight_conversions = self._dropped_conversions + kept
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for key in [key for key in tied if key.endswith("_scale") and key.removesuffix("_scale") in tied]:
-            del tied[key]
+        for suffix in ("_scale", *OUTLIERS):
+            for key in [key for key in tied if key.endswith(suffix) and key.removesuffix(suffix) in tied]:
+                del tied[key]
         model.tie_weights()
         saving.remove(model)
         model.__dict__.pop("resize_token_embeddings", None)
@@ -302,8 +386,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
 
     Raises:
-        ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
-            the model is then unchanged.
+        ValueError: the model is quantized already, on the meta device, holds NaN or infinity, or cannot meet the
+            target (the weight is named); the model is then unchanged.
         TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
@@ -319,6 +403,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             f"The model is quantized already (method {getattr(method, 'value', method)!r}): quantizing twice loses "
             "twice. Call `model.dequantize()` first, or start from the full-precision model."
         )
+    if config.weight_format == coded.FLOATS:
+        coded.check_floats(False, None)
     chosen = selection.select(model, config, from_checkpoint=False)
     for name in (*chosen.linears, *chosen.embeddings, *chosen.experts):
         module = model.get_submodule(name)
@@ -326,17 +412,22 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
     options = config.module_options()
     with torch.no_grad():
+        scales = allocation.steps_of_model(model, chosen, options["scale"]) if config.weight_format == "grid" else {}
         for name in chosen.linears:
-            module = RF8Linear.from_linear(model.get_submodule(name), name=name, **options)
-            selection.replace_module(model, name, module)
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))
         for name in chosen.embeddings:
-            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **options))
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **own))
         for name in chosen.experts:
-            RF8Experts.convert_(model.get_submodule(name), **options)
+            RF8Experts.convert_(model.get_submodule(name), **{**options, "scale": scales.get(name, config.scale)})
+        for _, module in selection.quantized_modules(model):
+            module.scale_mode = options["scale"]
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
         model.tie_weights(recompute_mapping=False)
+    outliers.tie(model)
 
     quantizer = GGHfQuantizer(config, pre_quantized=False)
     quantizer.skipped = chosen.skipped
@@ -436,7 +527,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
     model.__dict__.pop("initialize_weights", None)
     checkpoint.raise_loading_errors(model)
     fresh = replace_absent(model)
-    damaged: list[str] = []
+    damaged = outliers.finish(model)
     for name, module, weight in selection.code_parameters(model):
         scale = module._parameters[f"{weight}_scale"]
         scale.requires_grad_(False)
@@ -446,6 +537,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
             damaged.append(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
     checkpoint.raise_errors(model, damaged)
+    outliers.tie(model)
     return fresh
 
 
@@ -590,6 +682,7 @@ def register() -> None:
             GGConfig,
         )
         gguf.allow_gguf(GGConfig)
+        coded.decode_while_loading(lambda quantizer: isinstance(quantizer, GGHfQuantizer) and quantizer._from_codes)
 
 
 register()

@@ -107,7 +107,9 @@ def gg_init_(
     """
     init = GGInit(shape, std, gain)
     if any(hasattr(module, "_init_weights") for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has an initializer of its own (`_init_weights`): use hf_gg.gg_init_.")
+        raise ValueError(
+            f"{type(model).__name__} has an initializer of its own (`_init_weights`): use hf_gg.gg_init_."
+        )
     targets = check_matrices(model)
     deviations = [deviation(init, *target) for target in targets]
     for (_, module, parameter), value in zip(targets, deviations):

@@ -419,6 +419,13 @@ def fully_sharded_loading():
 
 
 @check(FAST)
+def coded():
+    """Decoded whole by every process, then cut; saved by one."""
+    measured = round_trip("llama", TP, coding="rans") | round_trip("mixtral", EP_EXCHANGE, coding="eg0")
+    return measured | round_trip("llama", FSDP, coding="rans")
+
+
+@check(FAST)
 def scale_modes():
     measured = {}
     for scale in ("absmax", "pow2", "tensor", "tensor-pow2", "unit"):

@@ -59,6 +59,12 @@ REFUSED: dict[str, tuple[PreTrainedConfig, dict, str]] = {
         {"modules_to_not_convert": [".*self_attn.*"]},
         "experts",
     ),
+    "coded": (LlamaConfig(**SIZES), {"coding": "rans"}, "_proj.weight"),
+    "coded experts": (
+        MixtralConfig(**SIZES, num_local_experts=4),
+        {"coding": "eg0", "modules_to_not_convert": [".*self_attn.*"]},
+        "experts",
+    ),
     "Conv1D": (GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64), {}, ".c_"),
     "Conv1D of one": (GPT2Config(vocab_size=257, n_embd=1, n_layer=1, n_head=1, n_positions=64, n_inner=1), {}, ".c_"),
     "embeddings only": (

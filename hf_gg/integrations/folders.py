@@ -1,0 +1,117 @@
+"""Where a model's files are, and a new folder that is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot")
+# What belongs to weights or to a training run, and not to the model that is written anew.
+_LEFT_OUT = (*_OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "*.gguf")
+
+
+def find(model: str) -> Path:
+    """The path of a model: a folder, a file, or a name on the hub, which is downloaded.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors", ".bin"):
+        raise ValueError(f"{model} does not exist: give a folder, a file, or the name of a model on the hub.")
+    folder = Path(snapshot_download(model, ignore_patterns=[*_OTHER_WEIGHTS, "*.gguf"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", "*.py", "pytorch_model*"])
+        )
+    return folder
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with the weights of a model: safetensors, or else PyTorch's own.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if path.is_file():
+        return [path]
+    for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+        found = sorted(file for file in path.glob(pattern) if not _is_training_state(file.name))
+        if found:
+            return found
+    raise ValueError(f"{path} holds no weights (*.safetensors, pytorch_model*.bin).")
+
+
+def copy_others(source: Path, target: Path) -> list[str]:
+    """Copy all files of a folder but weights, what a training run keeps, `config.json` and hidden ones.
+
+    Returns:
+        Their names.
+    """
+    copied = []
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if not file.is_file() or any(part.startswith(".") for part in name.parts) or str(name) == "config.json":
+            continue
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _LEFT_OUT) or (target / name).exists():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+        copied.append(str(name))
+    return copied
+
+
+def check_new(out: Path, overwrite: bool) -> None:
+    """Raise a `ValueError` if a folder cannot be written: something is there, and `overwrite` is not given."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give the name of a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} exists and is not empty: give another folder, or --overwrite to replace it.")
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place if the block ends well, and is removed if it does not.
+
+    Raises:
+        ValueError: as `check_new`.
+    """
+    check_new(out, overwrite)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    os.chmod(staging, 0o777 & ~_umask())
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        yield staging
+        if out.exists():
+            os.replace(out, old / out.name)
+        try:
+            os.replace(staging, out)
+        except OSError:
+            if (old / out.name).exists():
+                os.replace(old / out.name, out)
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_training_state(name: str) -> bool:
+    return name.startswith(("optimizer", "scheduler", "rng_state", "scaler", "training_args", "adapter_"))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
