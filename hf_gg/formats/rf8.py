@@ -22,21 +22,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .base import WeightFormat, chunk_size
+from .scaling import check_scale
 from .scaling import quantize as _quantize
 
 
 ROUNDINGS = ("nearest", "reference")
 
-# Elements handled at once, so that the temporaries (4 and 8 bytes each) stay in the cache of a CPU core.
-_CHUNK = 1 << 16
-_CHUNK_DEVICE = 1 << 26
 # float32 bits below the five mantissa bits that decide a nearest code
 _SHIFT = 18
 _SQRT2 = 2**0.5
 
 
 @dataclass(frozen=True)
-class ResidualFloat:
+class ResidualFloat(WeightFormat):
     """An 8-bit float of one sign bit, `exponent_bits` and `residual_bits`, most significant first.
 
     Attributes:
@@ -108,21 +107,10 @@ class ResidualFloat:
             codes[start : start + step] = table.index_select(0, _table_index(part))
         return codes.view(x.shape)
 
-    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values of `codes` at scale 1, same shape; reserved codes give NaN.
-
-        Raises:
-            TypeError: `codes` is not uint8.
-        """
-        if codes.dtype != torch.uint8:
-            raise TypeError(f"decode needs uint8 codes, got {codes.dtype}.")
-        table = self.table(dtype, codes.device)
-        flat = codes.reshape(-1)
-        values = torch.empty(flat.shape, dtype=dtype, device=codes.device)
-        step = chunk_size(codes.device)
-        for start in range(0, flat.numel(), step):
-            values[start : start + step] = table.index_select(0, flat[start : start + step].int())
-        return values.view(codes.shape)
+    def check_options(self, scale: str, rounding: str) -> None:
+        """Raise a `ValueError` for an unknown scale mode or rounding."""
+        check_scale(scale)
+        check_rounding(rounding)
 
     def quantize(
         self, weight: torch.Tensor, scale: str = "row", rounding: str = "nearest", reduce=None
@@ -166,11 +154,6 @@ def check_rounding(rounding: str) -> None:
     """Raise a `ValueError` for an unknown rounding."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"Unknown rounding {rounding!r}: use one of {', '.join(map(repr, ROUNDINGS))}.")
-
-
-def chunk_size(device: torch.device) -> int:
-    """Elements to handle at once on a device."""
-    return _CHUNK if device.type == "cpu" else _CHUNK_DEVICE
 
 
 def nearest_value(fmt: ResidualFloat, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .base import NOT_FINITE, check_weight, chunk_size
+
 
 if TYPE_CHECKING:
     from .rf8 import ResidualFloat
@@ -59,10 +61,7 @@ def quantize(
 
     check_scale(scale)
     check_rounding(rounding)
-    if not weight.is_floating_point():
-        raise TypeError(f"quantize needs a floating point weight, got {weight.dtype}.")
-    if weight.ndim < 2:
-        raise ValueError(f"quantize needs a matrix or a stack of them, got shape {tuple(weight.shape)}.")
+    check_weight(weight)
     if weight.numel() == 0 and reduce is None:
         rows = 1 if scale in ("tensor", "tensor-pow2", "unit") else weight.shape[-2]
         return weight.to(torch.uint8), torch.ones(*weight.shape[:-2], rows, 1, device=weight.device)
@@ -71,10 +70,7 @@ def quantize(
     if reduce is not None:
         peak = reduce(peak, "max")
     if not bool(torch.isfinite(peak).all()):
-        raise ValueError(
-            "the weight holds NaN or infinity, which no code can represent: repair the checkpoint, or keep this "
-            "tensor in full precision with `modules_to_not_convert`."
-        )
+        raise ValueError(NOT_FINITE)
     if scale == "unit":
         chosen = torch.ones_like(peak)
     elif scale in ("pow2", "tensor-pow2"):
@@ -137,8 +133,6 @@ def _search_errors(fmt: ResidualFloat, weight: torch.Tensor, base: torch.Tensor,
 
 def _blocks(device: torch.device, out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor):
     """Row blocks of two tensors and their scales, small enough for the cache; views, so the first can be written."""
-    from .rf8 import chunk_size
-
     columns = max(weight.shape[-1], 1)
     scale = scale.expand(*weight.shape[:-1], 1).reshape(-1, 1)
     out, weight = out.view(-1, out.shape[-1]), weight.reshape(-1, weight.shape[-1])

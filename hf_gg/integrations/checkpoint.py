@@ -24,6 +24,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from .. import ops
 from ..formats import get_format
 from ..nn import RF8Experts
+from ..nn.base import OUTLIERS, outliers_of, set_outliers
 from ..nn.experts import quantize_experts
 from .selection import code_parameters, quantized_modules, weight_names
 
@@ -68,11 +69,16 @@ class Quantize(ConversionOps):
                         f"stored as {value.dtype}, and only weights in float16, bfloat16, float32 or float64 can be "
                         "quantized. Start from the full-precision model."
                     )
+                options = (fmt, module.scale_mode, module.rounding)
                 if experts:
-                    codes, scale = quantize_experts(value, fmt, module.scale_mode, module.rounding, transposed, reduce)
+                    codes, scale, outliers = quantize_experts(value, *options, transposed, reduce)
                 else:
-                    codes, scale = ops.quantize(value, fmt, module.scale_mode, module.rounding, reduce)
+                    codes, scale, outliers = ops.quantize_with_outliers(value, *options, reduce)
                     scale = scale.expand(codes.shape[0], 1).contiguous()
+                # how many there are is known only now: the loader has no place for them
+                set_outliers(module, weight, outliers)
+                for parameter in outliers_of(module, weight) or ():
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as the loader would
             except ValueError as error:
                 _notes(module, "errors").append(f"{name}: {error}")
                 codes, scale = _placeholder(value, 1 if transposed and experts else -1)
@@ -241,7 +247,7 @@ def _targets(pattern: str, names: list[str]) -> bool:
     return any(regex.search(name) for name in names)
 
 
-def _reduction(parameter: Any, transposed: bool, scale_mode: str):
+def _reduction(parameter: Any, transposed: bool, scale_mode: Any):
     """How processes agree on a scale when what it covers is split over them; None where it is not.
 
     Args:
@@ -282,18 +288,22 @@ _WEIGHTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
 _MAX_HEADER = 100_000_000
 
 
-def check_shards(files: list[str] | None, weight_format: str | None) -> None:
+def check_shards(files: list[str] | None, weight_format: str | None) -> dict[str, tuple[str, list[int]]]:
     """Look at the headers of safetensors files before anything is loaded.
 
     Args:
         files: the checkpoint's files; others than `.safetensors` are left to their own loader.
         weight_format: of the codes by the config; None for weights in full precision, to be quantized now.
 
+    Returns:
+        The lists of outliers in the files by name, with their type and shape.
+
     Raises:
         ValueError: a header that is not one, a file shorter than its header says; a weight to be quantized that is
             narrower than 16 bits or no float; codes or scales of another type, or codes of another format.
     """
     types: dict[str, str] = {}
+    outliers: dict[str, tuple[str, list[int]]] = {}
     for path in files or []:
         if not str(path).endswith(".safetensors"):
             continue
@@ -306,6 +316,8 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
             )
         for name, entry in header.items():
             types[name] = entry["dtype"]
+            if name.endswith(OUTLIERS):
+                outliers[name] = entry["dtype"], list(entry["shape"])
             if weight_format is None and _is_narrow(name, entry):
                 raise ValueError(
                     f"{name} in {file} is stored as {entry['dtype']}: the model is quantized already. Start from the "
@@ -321,6 +333,7 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
                 f"{name}_scale is stored as {types[f'{name}_scale']}, and scales are F32: a cast of the file changed "
                 "them. Download or save it again."
             )
+    return outliers if weight_format is not None else {}
 
 
 def _is_narrow(name: str, entry: dict) -> bool:

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (`torch.distributed.fsdp.fully_shard`) over quantized modules.
 
 Codes are uint8, which it shards and gathers as they are. Its mixed precision casts every floating point parameter,
-scales too, and a scale in bfloat16 is another weight; PyTorch has no setting for a parameter to be left alone.
+scales and outliers too, and a scale in bfloat16 is another weight; PyTorch has no setting for a parameter to be left
+alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 from torch import nn
 
 from ..nn import RF8Experts
-from ..nn.base import QuantizedWeight
+from ..nn.base import OUTLIERS, QuantizedWeight
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -44,7 +45,7 @@ def keep_scales_in_float32() -> None:
         original(self, *args, **kwargs)
         info = getattr(self, "_module_info", None)
         module, name = getattr(info, "module", None), getattr(info, "param_name", "")
-        if isinstance(module, (QuantizedWeight, RF8Experts)) and name.endswith("_scale"):
+        if isinstance(module, (QuantizedWeight, RF8Experts)) and name.endswith(("_scale", OUTLIERS[1])):
             self.param_dtype = None
 
     cls.init_dtype_attrs = init_dtype_attrs

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..formats import get_format
-from ..formats.rf8 import ResidualFloat
+from ..formats import WeightFormat, get_format
+from ..formats.steps import entropy
 from ..nn import RF8Experts
+from ..nn.base import outliers_of
 from .selection import code_parameters, quantized_modules, select
 
 
@@ -22,9 +23,10 @@ class ReportRow:
         name: of the parameter.
         shape: of the codes.
         format: of the codes.
-        bits: bits a weight, the scales counted.
+        bits: bits a weight in memory, scales and outliers counted.
         snr: signal to quantization noise, dB; NaN where the codes are offloaded.
         exact: measured against the reference; otherwise estimated from the codes.
+        entropy: order-0 entropy of the codes, bits: what they can be stored in; NaN where they are offloaded.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ReportRow:
     bits: float
     snr: float
     exact: bool
+    entropy: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,19 @@ class QuantizationReport:
 
     @property
     def bits(self) -> float:
-        """Bits a quantized weight, the scales counted, over the model."""
+        """Bits a quantized weight in memory, scales and outliers counted, over the model."""
         total = sum(math.prod(row.shape) for row in self.rows)
         return sum(row.bits * math.prod(row.shape) for row in self.rows) / total if total else 0.0
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=6)
-        lines = [f"{'weight':{width}}  {'shape':>18}  {'format':>7}  {'bits':>6}  {'SNR dB':>7}"]
+        lines = [f"{'weight':{width}}  {'shape':>18}  {'format':>7}  {'bits':>6}  {'entropy':>7}  {'SNR dB':>7}"]
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             snr = f"{'' if row.exact else '≈'}{row.snr:.1f}"
-            lines.append(f"{row.name:{width}}  {shape:>18}  {row.format:>7}  {row.bits:6.3f}  {snr:>7}")
+            lines.append(
+                f"{row.name:{width}}  {shape:>18}  {row.format:>7}  {row.bits:6.3f}  {row.entropy:7.3f}  {snr:>7}"
+            )
         lines.append(
             f"{len(self.rows)} weights of {self.quantized_parameters:,} parameters at {self.bits:.3f} bits; "
             f"{self.other_parameters:,} parameters as they were; {self.bytes / 2**20:.1f} MiB in memory."
@@ -85,28 +90,32 @@ def quantization_report(model: nn.Module, reference: nn.Module | None = None) ->
     if not any(True for _ in quantized_modules(model)) and not hasattr(quantizer, "skipped"):
         raise ValueError("The model has no quantized module: load it with quantization_config=GGConfig().")
     originals = dict(reference.named_parameters(remove_duplicate=False)) if reference is not None else {}
-    rows, quantized, scales, seen = [], 0, 0, set()
+    rows, quantized, beside, seen = [], 0, 0, set()
     for name, module, weight in code_parameters(model):
         codes, scale = module._parameters[weight], module._parameters[f"{weight}_scale"]
         if id(codes) in seen:
             continue  # tied
         seen.add(id(codes))
-        quantized, scales = quantized + codes.numel(), scales + scale.numel()
+        outliers = outliers_of(module, weight)
+        number = 0 if outliers is None else outliers[0].numel()
+        quantized, beside = quantized + codes.numel(), beside + scale.numel() + 2 * number
         original = originals.get(name)
         if codes.is_meta:
             snr = math.nan
         elif original is not None:
             snr = _measured_snr(module, weight, original.detach())
         else:
-            snr = _estimated_snr(get_format(module.format), _whole(codes), _whole(scale))
-        bits = 8 + 32 * scale.numel() / max(codes.numel(), 1)
-        rows.append(ReportRow(name, tuple(codes.shape), module.format, bits, snr, original is not None))
+            snr = _estimated_snr(get_format(module.format), _whole(codes), _whole(scale), outliers)
+        stored = sum(8 * p.element_size() * p.numel() for p in outliers or ())
+        bits = 8 + (32 * scale.numel() + stored) / max(codes.numel(), 1)
+        coded = math.nan if codes.is_meta else entropy(_whole(codes))
+        rows.append(ReportRow(name, tuple(codes.shape), module.format, bits, snr, original is not None, coded))
     parameters = list(model.parameters())
     return QuantizationReport(
         rows=rows,
         skipped=_skipped(model),
         quantized_parameters=quantized,
-        other_parameters=sum(p.numel() for p in parameters) - quantized - scales,
+        other_parameters=sum(p.numel() for p in parameters) - quantized - beside,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
 
@@ -133,10 +142,13 @@ def _measured_snr(module: nn.Module, weight: str, original: torch.Tensor) -> flo
     return _decibel(float(original.float().square().sum(dtype=torch.float64)), float(noise))
 
 
-def _estimated_snr(fmt: ResidualFloat, codes: torch.Tensor, scale: torch.Tensor) -> float:
+def _estimated_snr(
+    fmt: WeightFormat, codes: torch.Tensor, scale: torch.Tensor, outliers: tuple[torch.Tensor, torch.Tensor] | None
+) -> float:
     power, variance = fmt.table(device=codes.device).square().nan_to_num(), _cell_variance(fmt).to(codes.device)
     dim = -1 if scale.shape[-1] == 1 else -2
-    signal = noise = 0.0
+    noise = 0.0
+    signal = 0.0 if outliers is None else float(outliers[1].double().square().sum())  # theirs has none
     scales = scale.reshape(-1, *scale.shape[-2:])
     for matrix, matrix_scale in zip(codes.reshape(-1, *codes.shape[-2:]), scales):
         square = matrix_scale.double().square().squeeze(dim)
@@ -146,7 +158,7 @@ def _estimated_snr(fmt: ResidualFloat, codes: torch.Tensor, scale: torch.Tensor)
     return _decibel(signal, noise)
 
 
-def _cell_variance(fmt: ResidualFloat) -> torch.Tensor:
+def _cell_variance(fmt: WeightFormat) -> torch.Tensor:
     """Mean squared distance to each code's value, float32 [256], of numbers spread evenly over its rounding cell."""
     values = fmt.table(torch.float64)
     order = [code for code in torch.argsort(values).tolist() if code not in fmt.reserved and code != 0x80]

@@ -17,6 +17,8 @@ import types
 
 from torch import nn
 
+from . import outliers
+
 
 try:
     import fcntl
@@ -47,6 +49,7 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     Raises:
         ValueError: `save_original_format=False` or `distributed_checkpoint=True`.
     """
+    outliers.tie(self)  # merged adapters may have made some
     save = functools.partial(type(self).save_pretrained, self)
     if kwargs.get("save_original_format") is False:
         raise ValueError(

@@ -10,6 +10,7 @@ conversion.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import types
 from typing import Any
@@ -24,12 +25,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..formats import get_format
-from ..formats.rf8 import check_rounding
-from ..formats.scaling import check_scale
+from ..formats import StepRule, get_format
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
-from ..nn.base import QuantizedWeight
-from . import checkpoint, fsdp, gguf, saving, selection
+from ..nn.base import OUTLIERS, QuantizedWeight
+from . import allocation, checkpoint, fsdp, gguf, outliers, saving, selection
 from .report import quantization_report
 
 
@@ -39,15 +38,21 @@ METHOD = "gg"
 # 1: codes [out, in]; 2: codes [out, in, 1], refused by a Transformers without this package
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+_TARGETS = ("target_bits", "target_snr", "step")
 
 
 class GGConfig(QuantizationConfigMixin):
     """How a model is quantized.
 
     Args:
-        weight_format: `"rf8"` (default), `"rf8x"` or `"rf8-e5"`.
-        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`.
-        rounding: `"nearest"` (default) or `"reference"` (the authors').
+        weight_format: `"rf8"` (default), `"rf8x"`, `"rf8-e5"` or `"grid"`.
+        scale: `"row"` (default), `"absmax"`, `"pow2"`, `"tensor"`, `"tensor-pow2"` or `"unit"`; of a grid, `"row"`
+            (steps in proportion to the rows' root mean squares) or `"tensor"` (one step a tensor).
+        rounding: `"nearest"` (default) or `"reference"` (the authors', not of a grid).
+        target_bits: of a grid: wanted bits a weight after entropy coding, steps and outliers counted, at most 8.
+        target_snr: of a grid: wanted signal-to-noise ratio, dB.
+        step: of a grid: the step itself, the same for every weight. Without any of these three a step is an eighth of
+            the root mean square, about 5 bits and 29 dB.
         modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
             are, added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own
             code needs in full precision.
@@ -75,6 +80,9 @@ class GGConfig(QuantizationConfigMixin):
         backend: str = "auto",
         dequantize: bool = False,
         format_version: int = FORMAT_VERSION,
+        target_bits: float | None = None,
+        target_snr: float | None = None,
+        step: float | None = None,
         **kwargs: Any,
     ):
         method = kwargs.pop("quant_method", METHOD)
@@ -88,8 +96,10 @@ class GGConfig(QuantizationConfigMixin):
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
         self.weight_format = get_format("rf8" if weight_format is None else weight_format).name
-        check_scale(scale)
-        check_rounding(rounding)
+        targets = {"target_bits": target_bits, "target_snr": target_snr, "step": step}
+        _check_targets(targets, self.weight_format)
+        self.target_bits, self.target_snr, self.step = target_bits, target_snr, step
+        get_format(self.weight_format).check_options(scale, rounding)
         ops.check_backend(backend)
         self.scale, self.rounding, self.backend = scale, rounding, backend
         if modules_to_not_convert is not None:
@@ -120,20 +130,46 @@ class GGConfig(QuantizationConfigMixin):
         attributes: dict[str, Any] = {"backend": self.backend, "dequantize": self.dequantize}
         if self._format_given:
             attributes["_format_wanted"] = self.weight_format
+        targets = {key: getattr(self, key) for key in _TARGETS if getattr(self, key) is not None}
+        if targets:
+            attributes["_targets_wanted"] = targets
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
-        return {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        items = super().to_dict().items()
+        return {k: v for k, v in items if not k.startswith("_") and not (k in _TARGETS and v is None)}
 
-    def module_options(self) -> dict[str, str]:
+    def scale_rule(self) -> str | StepRule:
+        """The scale mode, or for a grid the rule of its steps."""
+        if self.weight_format != "grid":
+            return self.scale
+        return StepRule(self.scale, bits=self.target_bits, snr=self.target_snr, step=self.step)
+
+    def module_options(self) -> dict[str, Any]:
         """Keyword arguments of the quantized modules."""
         return {
             "format": self.weight_format,
             "backend": self.backend,
-            "scale": self.scale,
+            "scale": self.scale_rule(),
             "rounding": self.rounding,
         }
+
+
+def _check_targets(targets: dict[str, float | None], weight_format: str) -> None:
+    """Raise a `ValueError` for targets that make no sense, or that the format does not have."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if name == "target_bits" and value > 8:
+            raise ValueError(f"target_bits must be at most 8, which codes have in memory, got {value!r}.")
+    if given and weight_format != "grid":
+        raise ValueError(
+            f"{next(iter(given))} is of the grid, and weight_format is {weight_format!r}: use weight_format='grid'."
+        )
+    if len(given) > 1:
+        raise ValueError(f"The steps of a grid follow from one target, got {' and '.join(given)}: leave one out.")
 
 
 class GGHfQuantizer(HfQuantizer):
@@ -150,14 +186,22 @@ class GGHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
+        targets = quantization_config.__dict__.pop("_targets_wanted", {})
         if self.pre_quantized and wanted not in (None, quantization_config.weight_format):
             raise ValueError(
                 f"The checkpoint holds {quantization_config.weight_format} codes, and {wanted} was asked for: "
                 "quantizing twice loses twice. Quantize the full-precision model, or leave weight_format out."
             )
+        for key, value in targets.items():
+            if self.pre_quantized and getattr(quantization_config, key) != value:
+                raise ValueError(
+                    f"The checkpoint holds codes whose {key} was {getattr(quantization_config, key)}, and {value} was "
+                    f"asked for: quantizing twice loses twice. Quantize the full-precision model, or leave {key} out."
+                )
         self.skipped: dict[str, str] = {}
         self._from_codes = self.pre_quantized
         self._dropped_conversions: list = []
+        self._outliers: dict | None = {}
         self._gguf: gguf.GgufSource | None = None
 
     # --- before loading ---
@@ -182,7 +226,18 @@ class GGHfQuantizer(HfQuantizer):
             self._gguf.prepare(model)
         else:
             codes = self.quantization_config.weight_format if self._from_codes else None
-            checkpoint.check_shards(checkpoint_files, weight_format=codes)
+            self._outliers = checkpoint.check_shards(checkpoint_files, weight_format=codes)
+        if not all(str(file).endswith(".safetensors") for file in checkpoint_files or ["state_dict"]):
+            self._outliers = None  # nobody has looked
+        if (
+            self.quantization_config.weight_format == "grid"
+            and not self._from_codes
+            and outliers.is_distributed(model)
+        ):
+            raise ValueError(
+                "weight_format='grid' does not quantize a model that is split over processes, none of which sees a "
+                "whole weight: quantize and save it in one process, and load that checkpoint."
+            )
         if self._from_codes and self.quantization_config.dequantize:
             _check_can_dequantize(model)
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
@@ -197,6 +252,7 @@ class GGHfQuantizer(HfQuantizer):
             return self._gguf.conversions(weight_conversions, model)
         if not self._from_codes:
             return weight_conversions
+        outliers.make_room(model, weight_conversions, self._outliers)
         if self.quantization_config.format_version == 1:
             return super().update_weight_conversions(weight_conversions, model) + checkpoint.unpack_conversions(model)
         kept, self._dropped_conversions = checkpoint.split_conversions(model, weight_conversions)
@@ -209,7 +265,10 @@ class GGHfQuantizer(HfQuantizer):
     # --- loading ---
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        found = None if self._from_codes else checkpoint.find_codes(model, param_name)
+        if self._from_codes:
+            # a list of outliers is as long as it is
+            return self._outliers is None and param_name.endswith(OUTLIERS)
+        found = checkpoint.find_codes(model, param_name)
         return found is not None and not checkpoint.is_mismatched(*found)
 
     def get_quantize_ops(self):
@@ -274,8 +333,9 @@ class GGHfQuantizer(HfQuantizer):
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not checkpoint.is_unpack(c)]
         model._weight_conversions = self._dropped_conversions + kept
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for key in [key for key in tied if key.endswith("_scale") and key.removesuffix("_scale") in tied]:
-            del tied[key]
+        for suffix in ("_scale", *OUTLIERS):
+            for key in [key for key in tied if key.endswith(suffix) and key.removesuffix(suffix) in tied]:
+                del tied[key]
         model.tie_weights()
         saving.remove(model)
         model.__dict__.pop("resize_token_embeddings", None)
@@ -286,8 +346,8 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
     """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
 
     Raises:
-        ValueError: the model is quantized already, on the meta device, or holds NaN or infinity (the weight is named);
-            the model is then unchanged.
+        ValueError: the model is quantized already, on the meta device, holds NaN or infinity, or cannot meet the
+            target (the weight is named); the model is then unchanged.
         TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
@@ -310,17 +370,22 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
     options = config.module_options()
     with torch.no_grad():
+        scales = allocation.steps_of_model(model, chosen, options["scale"]) if config.weight_format == "grid" else {}
         for name in chosen.linears:
-            module = RF8Linear.from_linear(model.get_submodule(name), name=name, **options)
-            selection.replace_module(model, name, module)
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))
         for name in chosen.embeddings:
-            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **options))
+            own = {**options, "scale": scales.get(name, config.scale)}
+            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **own))
         for name in chosen.experts:
-            RF8Experts.convert_(model.get_submodule(name), **options)
+            RF8Experts.convert_(model.get_submodule(name), **{**options, "scale": scales.get(name, config.scale)})
+        for _, module in selection.quantized_modules(model):
+            module.scale_mode = options["scale"]
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
         model.tie_weights(recompute_mapping=False)
+    outliers.tie(model)
 
     quantizer = GGHfQuantizer(config, pre_quantized=False)
     quantizer.skipped = chosen.skipped
@@ -419,7 +484,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
     model.__dict__.pop("initialize_weights", None)
     checkpoint.raise_loading_errors(model)
     fresh = replace_absent(model)
-    damaged: list[str] = []
+    damaged = outliers.finish(model)
     for name, module, weight in selection.code_parameters(model):
         scale = module._parameters[f"{weight}_scale"]
         scale.requires_grad_(False)
@@ -429,6 +494,7 @@ def finish_loading(model: nn.Module) -> dict[str, str]:
         if local.numel() and not bool(((local > 0) & torch.isfinite(local)).all()):
             damaged.append(f"{name}_scale holds a scale that is no positive number: the checkpoint is damaged.")
     checkpoint.raise_errors(model, damaged)
+    outliers.tie(model)
     return fresh
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from .base import QuantizedWeight
+from ..formats import get_format
+from .base import QuantizedWeight, outliers_of, set_outliers
 
 
 class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both say what `weight` is
@@ -33,7 +34,7 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both
         padding_idx: int | None = None,
         format: str = "rf8",
         backend: str = "auto",
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         compute_dtype: torch.dtype = torch.float32,
         device=None,
@@ -66,7 +67,13 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both
         module = cls.like(
             embedding, embedding.weight.device, format=format, scale=scale, rounding=rounding, backend=backend
         )
-        return module.requantize_(embedding.weight.detach()).train(embedding.training)
+        codes, row_scale, outliers = ops.quantize_with_outliers(
+            embedding.weight.detach(), get_format(format), scale, rounding
+        )
+        module.weight.data.copy_(codes)
+        module.weight_scale.data.copy_(row_scale)
+        set_outliers(module, "weight", outliers)
+        return module.train(embedding.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if hasattr(self.weight, "placements"):
@@ -77,6 +84,9 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both
         rows = input.reshape(-1)
         codes, scale = weight.index_select(0, rows), weight_scale.index_select(0, rows)
         values = ops.dequantize(codes, scale, self.format, self.compute_dtype, self.backend)
+        outliers = outliers_of(self, "weight")
+        if outliers is not None:
+            values = ops.put_outlier_rows(values, rows, *outliers)
         return values.view(*input.shape, codes.shape[-1])
 
     def _look_up_part(self, input: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,23 @@ beside each, and the forward pass runs over them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
-from ..formats import ResidualFloat, get_format
-from .base import check_whole, decode, keep_scale
+from ..formats import WeightFormat, get_format
+from .base import (
+    OUTLIERS,
+    check_whole,
+    decode_parameter,
+    keeping_float32,
+    make_room_for_outliers,
+    outliers_of,
+    set_outliers,
+)
 
 
 # The flags by which a module describes its layout; one without them cannot be run from outside.
@@ -27,7 +37,8 @@ class RF8Experts(nn.Module):
 
     Attributes:
         quantized_names: the parameters that hold codes, uint8 [experts, out, in] ([experts, in, out] in transposed
-            models); `<name>_scale` is float32 [experts, out, 1] ([experts, 1, out]).
+            models); `<name>_scale` is float32 [experts, out, 1] ([experts, 1, out]). `<name>_outlier_index` and
+            `<name>_outlier_value` are as in QuantizedWeight.
         format: the weight format.
         backend: the operators' backend.
     """
@@ -35,7 +46,7 @@ class RF8Experts(nn.Module):
     quantized_names: tuple[str, ...]
     format: str
     backend: str
-    scale_mode: str
+    scale_mode: Any
     rounding: str
 
     @staticmethod
@@ -49,17 +60,25 @@ class RF8Experts(nn.Module):
 
     @staticmethod
     def convert_(
-        module: nn.Module, format: str = "rf8", scale: str = "row", rounding: str = "nearest", backend: str = "auto"
+        module: nn.Module, format: str = "rf8", scale: Any = "row", rounding: str = "nearest", backend: str = "auto"
     ) -> nn.Module:
         """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes
         there.
+
+        Args:
+            module: the module.
+            format: weight format.
+            scale: scale mode; of a grid also the steps of each weight by its name, [experts, out, 1].
+            rounding: rounding.
+            backend: backend of the operators.
 
         Raises:
             ValueError: NaN or infinity in a weight, a layout that is not known, unknown format, scale or backend.
         """
         if isinstance(module, RF8Experts):
             raise ValueError(f"{type(module).__name__} is quantized already (format {module.format!r}).")
-        names, fmt, new = RF8Experts.weight_names(module), get_format(format), {}
+        names, fmt = RF8Experts.weight_names(module), get_format(format)
+        new: dict[str, tuple] = {}
         if not names:
             raise ValueError(f"{type(module).__name__} is not a module of fused experts whose layout is known.")
         ops.check_backend(backend)
@@ -68,25 +87,28 @@ class RF8Experts(nn.Module):
             if weight.is_meta:
                 shape = list(weight.shape)
                 shape[1 if module.is_transposed else 2] = 1
-                new[name] = weight.to(torch.uint8), torch.empty(shape, dtype=torch.float32, device="meta")
+                new[name] = weight.to(torch.uint8), torch.empty(shape, dtype=torch.float32, device="meta"), None
                 continue
             try:
-                new[name] = quantize_experts(weight, fmt, scale, rounding, module.is_transposed)
+                own = scale[name] if isinstance(scale, Mapping) else scale
+                new[name] = quantize_experts(weight, fmt, own, rounding, module.is_transposed)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         module.__class__ = _experts_class(type(module))  # type: ignore[arg-type]
         module.format, module.backend, module.quantized_names = fmt.name, backend, names
-        module.scale_mode, module.rounding = scale, rounding
-        for name, (codes, codes_scale) in new.items():
+        module.scale_mode, module.rounding = fmt.rule(scale), rounding
+        for name, (codes, codes_scale, outliers) in new.items():
             module._parameters[name] = nn.Parameter(codes, requires_grad=False)
             module.register_parameter(f"{name}_scale", nn.Parameter(codes_scale, requires_grad=False))
+            set_outliers(module, name, outliers)
         return module
 
     def restore_(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Back to the model's own class with decoded weights, in place."""
         for name in self.quantized_names:
             self._parameters[name] = nn.Parameter(self.dequantize(name, dtype))
-            del self._parameters[f"{name}_scale"]
+            for suffix in ("_scale", *OUTLIERS):
+                del self._parameters[f"{name}{suffix}"]
         for attribute in ("format", "backend", "quantized_names", "scale_mode", "rounding"):
             delattr(self, attribute)
         self.__class__ = _base_class(self)
@@ -94,8 +116,7 @@ class RF8Experts(nn.Module):
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One weight as numbers, of the shape of its codes; float32 unless `dtype` says otherwise."""
-        codes, scale = self._parameters[name], self._parameters[f"{name}_scale"]
-        return decode(codes, scale, self.format, dtype or torch.float32, self.backend)
+        return decode_parameter(self, name, dtype or torch.float32)
 
     @torch.no_grad()
     def requantize_(self, name: str, weight: torch.Tensor):
@@ -104,10 +125,13 @@ class RF8Experts(nn.Module):
         check_whole(name, codes)
         if weight.shape != codes.shape:
             raise ValueError(f"{name} must have shape {tuple(codes.shape)}, got {tuple(weight.shape)}.")
-        fmt = get_format(self.format)
-        new, scale = quantize_experts(weight, fmt, self.scale_mode, self.rounding, self.is_transposed)
+        fmt, scale = get_format(self.format), self._parameters[f"{name}_scale"]
+        turned = (lambda t: t.transpose(1, 2)) if self.is_transposed else (lambda t: t)
+        mode = fmt.scale_again(self.scale_mode, turned(scale), lambda: turned(self.dequantize(name)), turned(weight))
+        new, new_scale, outliers = quantize_experts(weight, fmt, mode, self.rounding, self.is_transposed)
         codes.data.copy_(new)
-        self._parameters[f"{name}_scale"].data.copy_(scale)
+        scale.data.copy_(new_scale)
+        set_outliers(self, name, outliers)
         return self
 
     def forward(
@@ -152,14 +176,21 @@ class RF8Experts(nn.Module):
         """
         codes, scale = self._parameters[name], self._parameters[f"{name}_scale"]
         y = ops.grouped_linear(x, codes, scale, offsets, self.format, self.is_transposed, self.backend)
+        outliers = outliers_of(self, name)
+        if outliers is not None:
+            rows, columns = codes.shape[1:]
+            added = ops.grouped_outlier_linear(x, *outliers, offsets, rows, columns, self.is_transposed)
+            y = (y + added).to(y.dtype)
         return y + self._parameters[f"{name}_bias"][expert].to(y.dtype) if self.has_bias else y
 
     def _apply(self, fn, recurse=True):
-        kept = {name: self._parameters[f"{name}_scale"].detach() for name in self.quantized_names}
-        super()._apply(fn, recurse)
-        for name, scale in kept.items():
-            keep_scale(self, f"{name}_scale", scale)
+        with keeping_float32(self, self.quantized_names):
+            super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        make_room_for_outliers(self, self.quantized_names, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"format={self.format}")))
@@ -170,15 +201,29 @@ class RF8Experts(nn.Module):
 
 
 def quantize_experts(
-    weight: torch.Tensor, fmt: ResidualFloat, scale: str, rounding: str, transposed: bool, reduce=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale of a stack [experts, out, in], or [experts, in, out] if `transposed`: one scale an output."""
+    weight: torch.Tensor, fmt: WeightFormat, scale: Any, rounding: str, transposed: bool, reduce=None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Codes, scale and outliers of a stack [experts, out, in], or [experts, in, out] if `transposed`.
+
+    There is one scale an output. A scale that is given is [experts, out, 1].
+    """
     source = weight.transpose(1, 2) if transposed else weight
-    codes, scales = ops.quantize(source, fmt, scale, rounding, reduce)
+    codes, scales, outliers = ops.quantize_with_outliers(source, fmt, scale, rounding, reduce)
     scales = scales.expand(*source.shape[:2], 1)
     if transposed:
         codes, scales = codes.transpose(1, 2), scales.transpose(1, 2)
-    return codes.contiguous(), scales.contiguous()
+        outliers = None if outliers is None else _transposed_outliers(*outliers, *source.shape[1:])
+    return codes.contiguous(), scales.contiguous(), outliers
+
+
+def _transposed_outliers(
+    index: torch.Tensor, value: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outliers of a stack [experts, rows, columns] as those of the stack with its last two dimensions exchanged."""
+    size = rows * columns
+    expert, within = index.long() // size, index.long() % size
+    moved, order = torch.sort(expert * size + within % columns * rows + within // columns)
+    return moved.to(index.dtype), value[order]
 
 
 @functools.cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import ops
 from ..formats import get_format
-from .base import QuantizedWeight
+from .base import QuantizedWeight, outliers_of, set_outliers
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -25,11 +27,11 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         in_features: width of the input.
         out_features: width of the output.
         bias: whether there is one.
-        format: weight format, `"rf8"`, `"rf8x"` or `"rf8-e5"`.
+        format: weight format, `"rf8"`, `"rf8x"`, `"rf8-e5"` or `"grid"`.
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`.
         fan_in_fan_out: the module stands for a `Conv1D`, which stored its weight [in, out]. Codes are [out, in]
             anyway.
-        scale: scale mode for `requantize_`.
+        scale: scale mode, or a `StepRule` of a grid, for `requantize_`.
         rounding: rounding for `requantize_`.
         device: of the parameters.
         dtype: of the bias.
@@ -43,7 +45,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         format: str = "rf8",
         backend: str = "auto",
         fan_in_fan_out: bool = False,
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         device=None,
         dtype: torch.dtype | None = None,
@@ -64,7 +66,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         cls,
         linear: nn.Module,
         format: str = "rf8",
-        scale: str = "row",
+        scale: Any = "row",
         rounding: str = "nearest",
         backend: str = "auto",
         name: str | None = None,
@@ -93,7 +95,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         module = cls.like(linear, format=format, backend=backend, scale=scale, rounding=rounding)
         weight = linear.weight.detach()
         try:
-            codes, row_scale = ops.quantize(
+            codes, row_scale, outliers = ops.quantize_with_outliers(
                 weight.T if module.fan_in_fan_out else weight, get_format(format), scale, rounding
             )
         except ValueError as error:
@@ -101,6 +103,7 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         module.weight = nn.Parameter(codes, requires_grad=False)
         row_scale = row_scale.expand(module.out_features, 1).contiguous()
         module.weight_scale = nn.Parameter(row_scale, requires_grad=False)
+        set_outliers(module, "weight", outliers)
         module.bias = linear.bias
         return module.train(linear.training)
 
@@ -121,7 +124,11 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.linear(x, self.weight, self.weight_scale, self.bias, self.format, self.backend)
+        y = ops.linear(x, self.weight, self.weight_scale, self.bias, self.format, self.backend)
+        outliers = outliers_of(self, "weight")
+        if outliers is None:
+            return y
+        return (y + ops.outlier_linear(x, *outliers, self.out_features, self.in_features)).to(y.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An `nn.Linear` with the decoded weight. The bias is shared."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import library  # noqa: F401  (defines the operators)
-from .backends import BACKENDS, check_backend, quantize
+from .backends import BACKENDS, check_backend, quantize, quantize_with_outliers
+from .outliers import check_outliers, grouped_outlier_linear, outlier_linear, put_outlier_rows, put_outliers
 
 
 def dequantize(
@@ -80,4 +81,17 @@ def grouped_linear(
     return torch.ops.hf_gg.grouped_linear(x, codes, scale, offsets, format, transposed, backend)
 
 
-__all__ = ["BACKENDS", "check_backend", "dequantize", "grouped_linear", "linear", "quantize"]
+__all__ = [
+    "BACKENDS",
+    "check_backend",
+    "check_outliers",
+    "dequantize",
+    "grouped_linear",
+    "grouped_outlier_linear",
+    "linear",
+    "outlier_linear",
+    "put_outlier_rows",
+    "put_outliers",
+    "quantize",
+    "quantize_with_outliers",
+]

@@ -7,10 +7,11 @@ backend is one module with `available()`, `why_not()` and its functions, and one
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
-from ..formats import ResidualFloat
+from ..formats import ResidualFloat, WeightFormat
 from . import cpu, reference
 from . import triton as triton_backend
 
@@ -53,7 +54,7 @@ def resolve(name: str, device: torch.device) -> str:
 
 
 def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, fmt: ResidualFloat, dtype: torch.dtype, backend: str
+    codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
     if backend == "cpu" and dtype in cpu.DTYPES:
@@ -68,7 +69,7 @@ def linear(
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    fmt: ResidualFloat,
+    fmt: WeightFormat,
     backend: str,
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
@@ -85,7 +86,7 @@ def linear(
 
 
 def linear_grad_input(
-    grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, fmt: ResidualFloat, backend: str
+    grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, backend: str
 ) -> torch.Tensor:
     backend = resolve(backend, codes.device)
     rows = grad.reshape(-1, grad.shape[-1])
@@ -96,10 +97,20 @@ def linear_grad_input(
     return torch.ops.aten._unsafe_view(out, (*grad.shape[:-1], codes.shape[1]))
 
 
+def quantize_with_outliers(
+    weight: torch.Tensor, fmt: WeightFormat, scale: Any = "row", rounding: str = "nearest", reduce=None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Codes, scale and the list of outliers (`WeightFormat.take_outliers_`), None where the format has none."""
+    codes, scales = quantize(weight, fmt, scale, rounding, reduce)
+    return codes, scales, fmt.take_outliers_(codes, scales, weight)
+
+
 def quantize(
-    weight: torch.Tensor, fmt: ResidualFloat, scale: str = "row", rounding: str = "nearest", reduce=None
+    weight: torch.Tensor, fmt: WeightFormat, scale: Any = "row", rounding: str = "nearest", reduce=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`fmt.quantize`, by the compiled kernels where they apply; the same codes and scales."""
+    if not isinstance(fmt, ResidualFloat):
+        return fmt.quantize(weight, scale=scale, rounding=rounding, reduce=reduce)
     compiled = (
         weight.device.type == "cpu"
         and reduce is None

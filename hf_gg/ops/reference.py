@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import ResidualFloat
-from ..formats.rf8 import chunk_size
+from ..formats import WeightFormat
+from ..formats.base import chunk_size
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, fmt: ResidualFloat, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
     """`decode(codes) * scale`, the product in float32, rounded to `dtype`. Shapes as in `hf_gg.ops.dequantize`."""
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel() == 0:

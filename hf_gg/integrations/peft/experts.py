@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...nn import RF8Experts
+from ...nn.base import OUTLIERS
 from .layers import Adapted, merging, unmerging, warn_merge
 
 
@@ -36,7 +37,10 @@ class RF8ParamWrapper(Adapted):
         if not names:
             return
         experts, parameter = self.get_base_layer(), self.parameter_name
-        with merging(self, experts, (parameter, f"{parameter}_scale")), torch.no_grad():
+        with (
+            merging(self, experts, tuple(f"{parameter}{suffix}" for suffix in ("", "_scale", *OUTLIERS))),
+            torch.no_grad(),
+        ):
             weight = experts.dequantize(parameter)
             for name in names:
                 a, b, scaling = _factors(self, name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...nn.base import QuantizedWeight
+from ...nn.base import OUTLIERS, QuantizedWeight, share_outliers
 from . import rules
 from .view import current, float_weight
 
@@ -63,6 +63,9 @@ class Backup:
             else:
                 # the module may have been moved meanwhile
                 parameter.data = value.to(parameter.device)
+        for module in {id(module): module for module, _, _ in self._saved}.values():
+            if isinstance(module, QuantizedWeight):
+                share_outliers(module, "weight")
         self._saved = []
 
 
@@ -95,7 +98,10 @@ class RF8TunerLayer(Adapted):
             return
         if "_gg_unmergeable" in self.__dict__:
             raise ValueError(f"The adapter cannot be merged into {module.format} weights: {self._gg_unmergeable}.")
-        with merging(self, module, ("weight", "weight_scale", "bias")), float_weight(module, writable=True) as visible:
+        with (
+            merging(self, module, ("weight", "weight_scale", *(f"weight{suffix}" for suffix in OUTLIERS), "bias")),
+            float_weight(module, writable=True) as visible,
+        ):
             try:
                 super().merge(*args, **kwargs)
             except NotImplementedError as error:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ...nn import RF8Experts
+from ...nn.base import OUTLIERS
 from .support import TUNERS
 
 
@@ -68,9 +69,10 @@ def check(config: Any, base: Any, parameter_name: str | None) -> None:
     if parameter_name is None or (isinstance(base, RF8Experts) and parameter_name in base.quantized_names):
         return
     if isinstance(base, RF8Experts):
-        if not parameter_name.endswith("_scale"):
+        suffix = next((suffix for suffix in ("_scale", *OUTLIERS) if parameter_name.endswith(suffix)), None)
+        if suffix is None:
             return
-        remedy = f"target {parameter_name.removesuffix('_scale')!r}"
+        remedy = f"target {parameter_name.removesuffix(suffix)!r}"
     else:
         remedy = "name the module itself in `target_modules`"
     raise ValueError(f"target_parameters: LoRA cannot adapt {parameter_name!r} of {kind}: {remedy}.")

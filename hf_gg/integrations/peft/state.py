@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...nn.base import QuantizedWeight
+from ...nn.base import OUTLIERS, QuantizedWeight
 from .patching import rebind
 
 
@@ -33,7 +33,8 @@ def _get(original: Callable) -> Callable:
             if getattr(value, "dtype", None) == torch.uint8 and f"{key}_scale" in state
         ]
         for key in codes:
-            del state[key], state[f"{key}_scale"]
+            for suffix in ("", "_scale", *OUTLIERS):
+                state.pop(f"{key}{suffix}", None)
         if codes and kwargs.get("save_embedding_layers") is True:
             warnings.warn(
                 f"save_embedding_layers=True: {codes[0]} is left out of the adapter, because it is quantized and "

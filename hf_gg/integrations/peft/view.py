@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...nn.base import QuantizedWeight
+from ...nn.base import OUTLIERS, QuantizedWeight
 
 
 # scale modes in which a row does not depend on the others
@@ -182,7 +182,9 @@ def all_visible(model: nn.Module) -> Iterator[None]:
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a model's weights would have if none were quantized."""
-    parameters = ((name, p.dtype) for name, p in model.named_parameters() if not name.endswith("_scale"))
+    parameters = (
+        (name, p.dtype) for name, p in model.named_parameters() if not name.endswith(("_scale", OUTLIERS[1]))
+    )
     return next((dtype for _, dtype in parameters if dtype in _COMPUTE_DTYPES), torch.float32)
 
 

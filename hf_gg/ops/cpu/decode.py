@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from ...formats import ResidualFloat, get_format
+from ...formats import WeightFormat, get_format
 from .runtime import DTYPE_CODES, DTYPES, check_dtype, format_tables, isa_code, library, with_rows
 
 
@@ -21,7 +21,7 @@ def linear(
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
-    format: str | ResidualFloat = "rf8",
+    format: str | WeightFormat = "rf8",
     *,
     isa: str | None = None,
 ) -> torch.Tensor:
@@ -96,7 +96,7 @@ def linear(
 def dequantize(
     codes: torch.Tensor,
     scale: torch.Tensor,
-    format: str | ResidualFloat = "rf8",
+    format: str | WeightFormat = "rf8",
     dtype: torch.dtype = torch.float32,
     *,
     isa: str | None = None,

@@ -56,7 +56,10 @@ def quantize(
     check_dtype("weight", weight, DTYPES)
     if weight.ndim < 2:
         raise ValueError(f"quantize needs a matrix or a stack of them, got shape {[*weight.shape]}.")
-    job = _Job(weight, get_format(format), isa_code(isa), reduce)
+    fmt = get_format(format)
+    if not isinstance(fmt, ResidualFloat):
+        raise ValueError(f"the CPU kernels do not quantize to the format {fmt.name!r}: use hf_gg.ops.quantize.")
+    job = _Job(weight, fmt, isa_code(isa), reduce)
     if isinstance(scale_mode, torch.Tensor):
         job.check_given(scale_mode)
         return job.encode(scale_mode), scale_mode

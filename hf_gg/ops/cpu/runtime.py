@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from ...formats import ResidualFloat
+from ...formats import ResidualFloat, WeightFormat
 from .build import BuildError, load
 
 
@@ -55,12 +55,13 @@ def isa_code(name: str | None) -> int:
 
 
 @functools.cache
-def format_tables(fmt: ResidualFloat) -> ctypes.Array:
+def format_tables(fmt: WeightFormat) -> ctypes.Array:
     """A format's tables as the kernels read them."""
     values = fmt.table(torch.float32)
-    # one number of each of the intervals that share a nearest code
-    numbers = ((torch.arange(8192, dtype=torch.int32) << 18) + 1).view(torch.float32)
-    nearest = fmt.encode(numbers)
+    nearest = torch.zeros(8192, dtype=torch.uint8)
+    if isinstance(fmt, ResidualFloat):  # the kernels round to no other format
+        # one number of each of the intervals that share a nearest code
+        nearest = fmt.encode(((torch.arange(8192, dtype=torch.int32) << 18) + 1).view(torch.float32))
     tables = ctypes.create_string_buffer(library().hf_gg_rf8_format_size())
     if library().hf_gg_rf8_format_init(tables, values.data_ptr(), nearest.data_ptr(), fmt.residual_bits):
         raise ValueError(f"the CPU kernels cannot serve the format {fmt.name}: its values are not exact in bfloat16.")

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ...formats import ResidualFloat, get_format
+from ...formats import WeightFormat, get_format
 from .config import Tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
 
 
@@ -42,7 +42,7 @@ def why_not() -> str | None:
 
 
 def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, format: str | ResidualFloat, dtype: torch.dtype = torch.float32
+    codes: torch.Tensor, scale: torch.Tensor, format: str | WeightFormat, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """`decode(codes) * scale`, the product in float32, rounded to `dtype`.
 
@@ -96,7 +96,7 @@ def linear(
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    format: str | ResidualFloat,
+    format: str | WeightFormat,
 ) -> torch.Tensor:
     """`x @ (decode(codes) * scale).T + bias`, summed in float32; the weight is never rounded to the dtype of `x`.
 
@@ -143,7 +143,7 @@ def linear(
 
 
 def linear_grad_input(
-    grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, format: str | ResidualFloat
+    grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, format: str | WeightFormat
 ) -> torch.Tensor:
     """`grad @ (decode(codes) * scale)`, summed in float32: the gradient of `linear` with respect to x.
 

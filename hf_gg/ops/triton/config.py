@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...formats import ResidualFloat
+from ...formats import ResidualFloat, WeightFormat
 
 
 # Largest exponent of a normal float16, and the least.
@@ -31,16 +31,18 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-def decoding(fmt: ResidualFloat, dtype: torch.dtype) -> dict[str, int | float]:
+def decoding(fmt: WeightFormat, dtype: torch.dtype) -> dict[str, int | float]:
     """Compile-time constants of the kernels' `_decode` for values in `dtype`.
 
     float16 has too few exponents for the small values of a format, so they are decoded `2^shift` times too large, and
     the kernels multiply their float32 sum by `UNSHIFT`, a power of two: nothing is lost.
 
     Returns:
-        `FRACTIONS` (four mantissa bits a residual state, packed into a signed 32-bit number), `RESIDUAL_BITS`, `BIAS`
-        (of the exponent, less the shift) and `UNSHIFT`.
+        `FRACTIONS` (four mantissa bits a residual state, packed into a signed 32-bit number), `RESIDUAL_BITS` (0: the
+        magnitude is a whole number), `BIAS` (of the exponent, less the shift) and `UNSHIFT`.
     """
+    if not isinstance(fmt, ResidualFloat):
+        return {"FRACTIONS": 0, "RESIDUAL_BITS": 0, "BIAS": 0, "UNSHIFT": 1.0}
     # reserved states decode to a power of two: they are refused when a checkpoint is loaded
     packed = sum((max(sixteenths, 16) - 16) << (4 * state) for state, sixteenths in enumerate(fmt.mantissas))
     shift = 0

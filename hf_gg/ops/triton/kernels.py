@@ -1,8 +1,8 @@
 """The Triton kernels. Importing this module imports Triton.
 
 A code becomes a float by integer arithmetic in registers, never by a table look-up: its exponent field is rebased to
-the float's, its residual state picks four mantissa bits out of a packed constant. Scales multiply float32 sums where
-they can, so that the operands of a product are exact.
+the float's, its residual state picks four mantissa bits out of a packed constant; the levels of a grid are converted.
+Scales multiply float32 sums where they can, so that the operands of a product are exact.
 
 Offsets into tensors are 64-bit. Shapes: x and y [M, K] and [M, N], codes [N, K], scale one number a row of codes.
 """
@@ -22,7 +22,9 @@ def _decode(codes, DTYPE: tl.constexpr, FRACTIONS: tl.constexpr, RESIDUAL_BITS: 
     state = magnitude & ((1 << RESIDUAL_BITS) - 1)
     fraction = (FRACTIONS >> (state * 4)) & 15
     exponent = magnitude >> RESIDUAL_BITS
-    if DTYPE == tl.bfloat16:
+    if RESIDUAL_BITS == 0:
+        values = tl.where(word == magnitude, magnitude, -magnitude).to(tl.float32).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
         bits = ((word & 0x80) << 8) | ((exponent + (127 - BIAS)) << 7) | (fraction << 3)
         values = tl.where(magnitude == 0, 0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
     elif DTYPE == tl.float16 and BIAS < 15:
