@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import sys
 import time
@@ -42,8 +43,8 @@ FIELDS = (
 ).split()
 
 Weights = dict[str, torch.Tensor]
-# Weights by name in; the weights to compute with and the mean of bits a weight out.
-Method = Callable[[Weights], tuple[Weights, float]]
+# The model and its weights in; the weights to compute with and the mean of bits a weight out.
+Method = Callable[[nn.Module, Weights], tuple[Weights, float]]
 
 
 def text_of(name: str) -> str:
@@ -108,7 +109,7 @@ def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
 def per_tensor(function: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Method:
     """A method from a function of one weight to (weight, bits of the whole tensor)."""
 
-    def run(weights: Weights) -> tuple[Weights, float]:
+    def run(model: nn.Module, weights: Weights) -> tuple[Weights, float]:
         found = {name: function(weight) for name, weight in weights.items()}
         count = sum(weight.numel() for weight in weights.values())
         return {name: w for name, (w, _) in found.items()}, sum(bits for _, bits in found.values()) / count
@@ -123,18 +124,53 @@ def entropy_bits(codes: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum()) * codes.numel()
 
 
-def residual_float(name: str, coded: bool) -> Method:
-    """RF8 or a variant, its codes at 8 bits or at their entropy."""
+def residual_float(name: str) -> Method:
+    """RF8 or a variant, its codes at their entropy."""
     from hf_gg.formats import get_format
 
     fmt = get_format(name)
 
     def run(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         codes, scale = fmt.quantize(weight)
-        bits = entropy_bits(codes) if coded else 8.0 * codes.numel()
-        return fmt.decode(codes) * scale, bits + 32 * scale.numel()
+        return fmt.decode(codes) * scale, entropy_bits(codes) + 32 * scale.numel()
 
     return per_tensor(run)
+
+
+@functools.cache
+def self_sensitivity(model: nn.Module) -> Weights:
+    """What an error in each row of the model costs, by the name of its layer."""
+    from hf_gg.integrations.sensitivity import row_sensitivity
+
+    start = time.perf_counter()
+    parameters = {name: model.get_submodule(name).weight for name in linear_weights(model)}
+    found = row_sensitivity(model, parameters)
+    if found is None:
+        raise RuntimeError("the model could not be run for its sensitivity")
+    print(f"sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def grid(bits: float, sensitivity: str) -> Method:
+    """A grid whose steps are allocated over the whole model."""
+    from hf_gg.formats.allocation import allocate
+    from hf_gg.formats.grid import GRID
+
+    def run(model: nn.Module, weights: Weights) -> tuple[Weights, float]:
+        start = time.perf_counter()
+        costs = self_sensitivity(model) if sensitivity == "self" else None
+        found = allocate(weights, target_bits=bits, sensitivity=costs)
+        print(f"allocation: {time.perf_counter() - start:.0f} s, expected error {found.error:.4g}", flush=True)
+        changed = {}
+        for name, weight in weights.items():
+            codes, steps = GRID.quantize(weight, scale=found.steps[name])
+            outliers = GRID.take_outliers_(codes, steps, weight)
+            changed[name] = GRID.decode(codes) * steps
+            if outliers is not None:
+                changed[name].view(-1)[outliers[0].long()] = outliers[1]
+        return changed, found.bits
+
+    return run
 
 
 def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
@@ -143,8 +179,11 @@ def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
     for name, make in PEERS.items():
         found[name] = (name.rsplit(" ", 1)[0], lambda make=make: per_tensor(make()))
     for name in ("rf8", "rf8x"):
-        found[f"{name}, 8-bit codes"] = (name, lambda name=name: residual_float(name, False))
-        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name, True))
+        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name))
+    for sensitivity in ("self", "weights"):
+        for bits in GRID_BITS:
+            name = f"grid ({sensitivity}) {bits:g}"
+            found[name] = (f"grid ({sensitivity})", lambda s=sensitivity, bits=bits: grid(bits, s))
     return found
 
 
@@ -205,7 +244,7 @@ def measure(path: Path, names: list[str], windows: int, length: int) -> None:
             start = time.perf_counter()
             family, make = table[name]
             try:
-                changed, bits = make()(weights)
+                changed, bits = make()(model, weights)
             except ImportError as error:
                 print(f"{name}: not installed ({error})")
                 continue
