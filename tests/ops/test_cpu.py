@@ -28,6 +28,8 @@ SUMMATION = 1e-6
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 formats = pytest.mark.parametrize("name", LAYOUTS)
+# the kernels round to floats only
+formats_and_grid = pytest.mark.parametrize("name", [*LAYOUTS, "grid"])
 
 
 @pytest.fixture
@@ -54,6 +56,9 @@ def uninitialized_is_nan():
 
 def values(name: str) -> torch.Tensor:
     """The 256 values, float64."""
+    if name == "grid":
+        levels = list(map(float, range(128)))
+        return torch.tensor(levels + [0.0] + [-v for v in levels[1:]], dtype=torch.float64)
     exponent_bits, _, bias, sixteenths = LAYOUTS[name]
     positive = [
         math.nan if m is None else 2.0 ** (e - bias) * m / 16 for e in range(1 << exponent_bits) for m in sixteenths
@@ -84,7 +89,7 @@ def check_linear(name, x, codes, scale, bias, isa, format=None):
 # --- linear ---
 
 
-@formats
+@formats_and_grid
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_1_to_16_rows_and_more(name, isa, dtype):
@@ -234,7 +239,7 @@ def check_dequantize(name, codes, scale, dtype, isa):
     assert torch.equal(got[ok].view(BITS[dtype]), expected[ok].view(BITS[dtype]))  # signs of zero too
 
 
-@formats
+@formats_and_grid
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_is_exact(name, isa, dtype):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from hf_gg.formats import FORMATS
 from hf_gg.ops.triton import compile as ahead
 
 
@@ -67,10 +68,11 @@ def test_kernels_compile(target, tmp_path):
         (["rf8"], ["bfloat16"], [1, 4096]),
         (["rf8x"], ["float32"], [64]),
         (["rf8-e5"], ["float16"], [64]),
+        (["grid"], ["bfloat16"], [4096]),
     ]
     found = compile_in_process(target, choice, tmp_path)
     kernels = [name.split("/")[1] for name in found]
-    assert {kernel: kernels.count(kernel) for kernel in kernels} == {"dequantize": 6, "linear": 7, "grad_input": 7}
+    assert {kernel: kernels.count(kernel) for kernel in kernels} == {"dequantize": 8, "linear": 9, "grad_input": 9}
     check(found, target)
     if target == "sm_90":
         assert "wgmma.mma_async" in found["sm_90/linear/rf8-bfloat16-4096"]["ptx"]
@@ -82,7 +84,7 @@ def test_kernels_compile(target, tmp_path):
 def test_every_variant_compiles(target, tmp_path):
     dtypes = ["float32", "bfloat16", "float16"]
     found = compile_in_process(target, [(None, dtypes, [1, 64, 4096])], tmp_path)
-    assert len(found) == 3 * len(dtypes) * (2 + 2 * 3 + 2)
+    assert len(found) == len(FORMATS) * len(dtypes) * (2 + 2 * 3 + 2)
     check(found, target)
 
 

@@ -14,7 +14,7 @@ from hf_gg.ops import triton
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FORMATS = ("rf8", "rf8x", "rf8-e5")
+FORMATS = ("rf8", "rf8x", "rf8-e5", "grid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # of a float32 sum, in units of the sum of magnitudes
 SUM_ERROR = 2e-6 if INTERPRETED else 1e-5
@@ -41,7 +41,9 @@ def values_by_code(name: str) -> torch.Tensor:
     values = []
     for code in range(256):
         low = code & 0x7F
-        if name == "rf8-e5":
+        if name == "grid":
+            value = float(low)
+        elif name == "rf8-e5":
             value = 2.0 ** ((low >> 2) - 31) * (1 + 2.0 ** -((low & 3) + 1))
         else:
             mantissas = (16, 17, 18, 20, 24, 28, 30, None) if name == "rf8" else (16, 17, 18, 20, 22, 24, 28, 30)
@@ -120,24 +122,25 @@ def test_every_code_decodes_exactly(name, dtype, device):
     expected = values_by_code(name)
     valid = ~expected.isnan()
     codes = torch.arange(256, dtype=torch.uint8, device=device)
-    # a power of two that lifts the smallest values into float16
-    decoded = triton.dequantize(codes[None], torch.full((1, 1), 4096.0, device=device), name, dtype)[0]
-    assert torch.equal(decoded.cpu().double()[valid], expected[valid] * 4096)
+    # a power of two that lifts the smallest values into float16, and none above it
+    unit = 16.0 if name == "grid" else 4096.0
+    decoded = triton.dequantize(codes[None], torch.full((1, 1), unit, device=device), name, dtype)[0]
+    assert torch.equal(decoded.cpu().double()[valid], expected[valid] * unit)
     product = triton.linear(
         torch.ones(1, 1, dtype=dtype, device=device),
         codes[:, None],
-        torch.full((1, 1), 4096.0, device=device),
+        torch.full((1, 1), unit, device=device),
         None,
         name,
     )[0]
-    assert torch.equal(product.cpu().double()[valid], expected[valid] * 4096)
+    assert torch.equal(product.cpu().double()[valid], expected[valid] * unit)
     gradient = triton.linear_grad_input(
         torch.ones(1, 1, dtype=dtype, device=device),
         codes[None],
-        torch.full((1, 1), 4096.0, device=device),
+        torch.full((1, 1), unit, device=device),
         name,
     )[0]
-    assert torch.equal(gradient.cpu().double()[valid], expected[valid] * 4096)
+    assert torch.equal(gradient.cpu().double()[valid], expected[valid] * unit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
