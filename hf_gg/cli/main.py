@@ -17,7 +17,9 @@ from .. import __version__
 
 
 # Name: (module, one line of help).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("hf_gg.cli.inspect", "Statistics of a checkpoint's weights."),
+}
 
 DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."
 

@@ -9,14 +9,11 @@ of tensor and expert parallelism are cut from the file as ever, for any width. (
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
-import struct
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
@@ -25,6 +22,7 @@ from .. import ops
 from ..formats import get_format
 from ..nn import RF8Experts
 from ..nn.experts import quantize_experts
+from .header import read_header
 from .selection import code_parameters, quantized_modules, weight_names
 
 
@@ -278,8 +276,6 @@ def _reduction(parameter: Any, transposed: bool, scale_mode: str):
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _WEIGHTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
-# The largest header that safetensors reads.
-_MAX_HEADER = 100_000_000
 
 
 def check_shards(files: list[str] | None, weight_format: str | None) -> None:
@@ -297,7 +293,7 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
     for path in files or []:
         if not str(path).endswith(".safetensors"):
             continue
-        header, file = _read_header(path), os.path.basename(path)
+        header, file = read_header(path), os.path.basename(path)
         metadata = header.pop("__metadata__", None) or {}
         if weight_format is not None and metadata.get("weight_format", weight_format) != weight_format:
             raise ValueError(
@@ -326,38 +322,3 @@ def check_shards(files: list[str] | None, weight_format: str | None) -> None:
 def _is_narrow(name: str, entry: dict) -> bool:
     matrix = name.rpartition(".")[2] in _WEIGHTS and len(entry["shape"]) >= 2
     return entry["dtype"] in _NARROW or (matrix and entry["dtype"] in _INTEGERS)
-
-
-def _read_header(path: str) -> dict[str, dict]:
-    """The header of a safetensors file, which safetensors itself accepts."""
-    name, size = os.path.basename(path), os.path.getsize(path)
-    damaged = f"{name} is not a readable safetensors file"
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError(f"{damaged}: {size} bytes, shorter than a header. Download or save it again.")
-        length = struct.unpack("<Q", start)[0]
-        if length > min(size - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated."
-            )
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{damaged}: the header is no JSON ({error}). Download or save it again.") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{damaged}: the header is no table of tensors.")
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            end = int(entry["data_offsets"][1])
-        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-            raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
-        if 8 + length + end > size:
-            raise ValueError(f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}.")
-    try:
-        with safe_open(path, framework="pt"):
-            return header
-    except SafetensorError as error:
-        raise ValueError(f"{damaged}: {error}. Download or save it again.") from error
