@@ -2,7 +2,18 @@
 
 from .describe import BINS, Statistics, describe, why_no_fit
 from .kinds import Kind, classify
-from .summary import KindSummary, Row, summarize
+from .summary import KindSummary, Row, by_kind, summarize
 
 
-__all__ = ["BINS", "Kind", "KindSummary", "Row", "Statistics", "classify", "describe", "summarize", "why_no_fit"]
+__all__ = [
+    "BINS",
+    "Kind",
+    "KindSummary",
+    "Row",
+    "Statistics",
+    "by_kind",
+    "classify",
+    "describe",
+    "summarize",
+    "why_no_fit",
+]

@@ -86,12 +86,16 @@ class KindSummary:
 
 def summarize(rows: Sequence[Row]) -> list[KindSummary]:
     """A summary for each kind, and a last one of all; empty if nothing has a fit."""
-    fitted = [row for row in rows if row.statistics is not None]
-    kinds = {row.where.kind for row in fitted}
-    groups = [(kind, [row for row in fitted if row.where.kind == kind]) for kind in sorted(kinds, key=_place)]
-    if fitted:
-        groups.append(("all", fitted))
-    return [_summary(kind, group) for kind, group in groups]
+    groups = by_kind(rows)
+    if groups:
+        groups["all"] = [row for group in groups.values() for row in group]
+    return [_summary(kind, group) for kind, group in groups.items()]
+
+
+def by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that have a fit by their kind of layer, in the order of a model: embeddings first, the head last."""
+    kinds = sorted({row.where.kind for row in rows if row.statistics is not None}, key=_place)
+    return {kind: [row for row in rows if row.where.kind == kind and row.statistics is not None] for kind in kinds}
 
 
 _PLACES = "embedding position q k v kv qkv o router gate up gate+up down conv fc head".split()
