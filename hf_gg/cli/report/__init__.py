@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ...inspection import KindSummary, Row
 from ...integrations.reading import Problem
@@ -33,3 +34,9 @@ class Report:
     rows: list[Row]
     kinds: list[KindSummary]
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The model's name without the path to it: a file's own, a folder's or a hub name's last two parts."""
+        parts = Path(self.model).parts
+        return parts[-1] if len(self.files) == 1 and parts[-1] == self.files[0] else "/".join(parts[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Column:
     value: Callable | None = None
 
 
-def _number(title: str, help: str, pick: Callable, form: Callable[[float], str]) -> Column:
+def _number(title: str, help: str, pick: Callable, form: Callable) -> Column:
     return Column(title, help, lambda item: form(pick(item)), pick)
 
 
@@ -49,7 +50,7 @@ def tensor_columns(report: Report) -> list[Column]:
     """The figures of one tensor, taken from its `Statistics`."""
 
     def pick(function: Callable[[Statistics], float]) -> Callable[[Row], float]:
-        return lambda row: function(row.statistics)
+        return lambda row: math.nan if row.statistics is None else function(row.statistics)
 
     return [
         _number(

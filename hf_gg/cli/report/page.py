@@ -19,7 +19,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 def render(report: Report) -> str:
     """The page."""
-    title = f"Weights of {report.model}"
+    title = f"Weights of {report.title}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
