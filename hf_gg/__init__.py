@@ -9,6 +9,7 @@ from .integrations import autoload as _autoload
 
 TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost more than all the rest
 if TYPE_CHECKING:
+    from . import ggd as ggd
     from .formats import get_format as get_format
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
@@ -24,6 +25,7 @@ __all__ = [
     "RF8Linear",
     "__version__",
     "get_format",
+    "ggd",
     "quantization_report",
     "quantize_",
 ]
@@ -33,6 +35,7 @@ _HOME = {
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
     "get_format": "hf_gg.formats",
+    "ggd": "hf_gg",
     "quantization_report": "hf_gg.integrations.transformers",
     "quantize_": "hf_gg.integrations.transformers",
 }
@@ -43,7 +46,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    value = import_module(f"hf_gg.{name}") if home == "hf_gg" else getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -1,0 +1,311 @@
+"""Maximum likelihood: the profile equation in the shape (Do & Vetterli 2002) and the location.
+
+With d = w - μ, S(ν) = Σ|d|^ν and the best scale for a shape, α^ν = ν S / n, the likelihood is greatest in ν where
+
+    1 + (ψ(1/ν) + ln(ν S / n)) / ν - S' / S = 0.
+
+A long row is first fitted on a sample; then one reading gives S and four derivatives in ν, whose Taylor series solves
+the equation as exactly as float64 does, as long as the sample's shape was within some percent. The location: for ν
+above 1.1 the score Σ sign(d)|d|^(ν-1) is brought to zero by secant steps in the same readings. Below, the likelihood
+has a cusp at every value and its maximum is one of them; `location.py` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from .location import cusp_location
+from .result import GGDFit
+from .scan import BLOCK, BLOCK_DEVICE, Sums, as_rows, blocks, odd_step, scratch
+from .solve import likelihood_errors, make_fit, warn_clamped
+from .special import SHAPE_MAX, SHAPE_MIN, shape_from_ratio
+
+
+# Values that the start of a long row is fitted on, and up to which a row counts as short.
+_SAMPLE = 8192
+# Values whose median starts the location where the likelihood has cusps.
+_MEDIAN_SAMPLE = 65536
+CUSPED = 1.1
+_ORDERS = 5
+_MAX_READINGS = 30
+_MAX_STEPS = 100
+# stands for the logarithm of zero where it is multiplied by zero
+_LOG_MIN = -1e3
+_INVERSE_FACTORIALS = (1.0, 1.0, 0.5, 1 / 6, 1 / 24)
+
+
+def fit_likelihood(rows: list[torch.Tensor], good: list[int], sums: Sums, loc: float | None) -> GGDFit:
+    """The likelihood fit of the rows `good`, counted over all matrices [rows, values] in `rows`.
+
+    `sums` are those of the good rows alone.
+    """
+    state = torch.empty(4, len(good), dtype=torch.float64)  # ν, α, μ, and 1 where the shape is clamped
+    wanted, first, start = set(good), 0, 0
+    for x in rows:
+        own = [i - start for i in range(start, start + len(x)) if i in wanted]
+        start += len(x)
+        part = slice(first, first + len(own))
+        first += len(own)
+        if not own:
+            continue
+        if x.shape[1] > _SAMPLE:
+            for column, i in zip(range(part.start, part.stop), own):
+                state[:, column] = _fit_long(_Row(x[i]), int(sums.n[column]), loc)
+        else:
+            state[:, part] = _fit_short(x[torch.tensor(own, device=x.device)], loc)
+    return _result(state, sums.n, loc)
+
+
+def fit_likelihood_stream(chunks: Callable[[], Iterable[torch.Tensor]], count: int, loc: float | None) -> GGDFit:
+    """The likelihood fit of a stream of `count` values."""
+    source = _Stream(chunks, count)
+    n = torch.tensor([count], dtype=torch.float64)
+    if count <= _SAMPLE:
+        state = _fit_short(torch.cat([c.double() for c in source()])[None], loc)
+    else:
+        state = _fit_long(source, count, loc)[:, None]
+    return _result(state, n, loc)
+
+
+class _Row:
+    """A row in memory, as something to read in blocks."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __call__(self) -> Iterator[torch.Tensor]:
+        return (block[0] for _, block in blocks(self.x[None]))
+
+    def sample(self, size: int) -> torch.Tensor:
+        """About `size` values from everywhere, float64 on the CPU."""
+        return self.x[:: odd_step(len(self.x), size)].cpu().double()
+
+
+class _Stream:
+    """Chunks that can be read again, flattened and cut into blocks; every reading must have `count` values."""
+
+    def __init__(self, chunks: Callable[[], Iterable[torch.Tensor]], count: int) -> None:
+        self.chunks, self.count = chunks, count
+
+    def __call__(self) -> Iterator[torch.Tensor]:
+        seen = 0
+        for chunk in self.chunks():
+            flat = as_rows(chunk.detach(), None)[0]
+            seen += flat.shape[1]
+            yield from (block[0] for _, block in blocks(flat))
+        if seen != self.count:
+            raise ValueError(
+                f"chunks gave {self.count} values on the first reading and {seen} on a later one: it must return a "
+                "new iterable over the same values each time."
+            )
+
+    def sample(self, size: int) -> torch.Tensor:
+        step, seen, parts = odd_step(self.count, size), 0, []
+        for block in self():
+            parts.append(block[-seen % step :: step].cpu().double())
+            seen += len(block)
+        return torch.cat(parts)
+
+
+def _fit_long(source: _Row | _Stream, n: int, loc: float | None) -> torch.Tensor:
+    """ν, α, μ and whether ν is clamped, [4]."""
+    sample = source.sample(_SAMPLE)
+    if float(sample.min()) < float(sample.max()):
+        start = _solve_block(sample[None], loc, locate=False)
+    else:  # nearly all values are equal, for instance zeros
+        mu = float(sample[0]) if loc is None else loc
+        total = sum(float((block.double() - mu).abs().sum()) for block in source())
+        start = torch.tensor([[SHAPE_MIN], [total / n], [mu], [0.0]], dtype=torch.float64)
+    count = torch.tensor([n], dtype=torch.float64)
+    state = _State(count, start[0], start[1], start[2], free=torch.tensor([loc is None]))
+    for _ in range(_MAX_READINGS):
+        if bool((state.free & (state.nu < CUSPED)).any()) and state.settled(0.05, 0.1):
+            state.put(cusp_location(source, float(state.nu), source.sample(_MEDIAN_SAMPLE)))
+        table, score = _read(source, float(state.nu), float(state.alpha), float(state.mu), bool(state.free))
+        state.step(table[:, None], score[None])
+        if state.settled(0.02, 0.1) and bool((state.nu >= CUSPED) | ~state.free):
+            break
+    return state.stack()[:, 0]
+
+
+def _fit_short(x: torch.Tensor, loc: float | None) -> torch.Tensor:
+    """The same for each row of [rows, values], [4, rows]; whole rows in float64, many at once."""
+    group = max(1, (BLOCK if x.device.type == "cpu" else BLOCK_DEVICE) // x.shape[1])
+    return torch.cat([_solve_block(part.cpu().double(), loc) for part in x.split(group)], dim=1)
+
+
+def _solve_block(w: torch.Tensor, loc: float | None, locate: bool = True) -> torch.Tensor:
+    """ν, α, μ and whether ν is clamped of each row of float64 [rows, values], to convergence."""
+    rows, n = w.shape
+    mu = w.median(-1).values if loc is None else torch.full((rows,), float(loc), dtype=torch.float64)
+    d = w - mu[:, None]
+    # of a constant about another given location the ratio is 1, and rounding may take it below
+    nu = shape_from_ratio((d.square().mean(-1) / d.abs().mean(-1).square()).clamp_min(1.0))
+    state = _State(torch.full((rows,), float(n)).double(), nu, d.abs().mean(-1), mu, torch.full((rows,), loc is None))
+    for _ in range(2):
+        for _ in range(_MAX_STEPS):
+            state.step(*_power_sums(w, state.nu, state.alpha, state.mu))
+            if state.settled(1e-9, 1e-6):
+                break
+        cusped = (state.free & (state.nu < CUSPED)).nonzero().flatten().tolist() if locate else []
+        if not cusped:
+            break
+        for i in cusped:
+            state.put(cusp_location(_Row(w[i]), float(state.nu[i]), w[i]), i)
+    return state.stack()
+
+
+class _State:
+    """The parameters of some rows while they converge; all tensors float64 [rows] on the CPU."""
+
+    def __init__(
+        self, n: torch.Tensor, nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor, free: torch.Tensor
+    ) -> None:
+        self.n, self.nu, self.alpha, self.mu, self.free = n, nu, alpha, mu.clone(), free.clone()
+        self.clamped = torch.zeros_like(free)
+        self.shape_step = torch.full_like(nu, torch.inf)
+        # what is left of the location's error, in standard errors
+        self.loc_left = torch.where(free, torch.inf, 0.0).double()
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def put(self, mu: float, row: int = 0) -> None:
+        """Settle the location of a row."""
+        self.mu[row] = mu
+        self.free[row] = False
+        self.loc_left[row] = 0.0
+        self.shape_step[row] = torch.inf
+
+    def settled(self, tolerance: float, loc_tolerance: float) -> bool:
+        """Whether the last step in ν was relatively below `tolerance`, and the locations that move are off by less
+        than `loc_tolerance` standard errors."""
+        left = torch.where(self.free & (self.nu >= CUSPED), self.loc_left, 0.0)
+        return bool(((self.shape_step < tolerance) & (left < loc_tolerance)).all())
+
+    def step(self, table: torch.Tensor, score: torch.Tensor) -> None:
+        """Move by S and its derivatives [5, rows], of |d| / `alpha`, and by the score Σ sign(d) |d|^(ν-1) [rows]."""
+        old = self.nu
+        slope_nu = old / self.alpha  # score is in units of alpha, at the old shape
+        mean_power = table[0] / self.n * old  # (α_best / alpha)^ν at the old shape
+        gradient = slope_nu * score / mean_power
+        self.nu, ratio, self.clamped = _solve_profile(self.n, old, table)
+        self.alpha = self.alpha * ratio
+        self.shape_step = (self.nu - old).abs() / old
+        error = likelihood_errors(self.nu, self.alpha, self.n)[0]
+        expected = error.square().reciprocal()
+        curvature, secant = expected, torch.zeros_like(self.free)
+        if self.last is not None:
+            change = self.mu - self.last[0]
+            measured = (self.last[1] - gradient) / torch.where(change == 0, torch.inf, change)
+            secant = (measured > 0.1 * expected) & (measured < 10 * expected)
+            curvature = torch.where(secant, measured, expected)
+        move = torch.where(self.free & (self.nu >= CUSPED), gradient / curvature, 0.0)
+        self.last = (self.mu.clone(), gradient)
+        self.mu = self.mu + move
+        self.loc_left = move.abs() / error * torch.where(secant, 0.1, 1.0)
+
+    def stack(self) -> torch.Tensor:
+        """ν, α, μ, clamped; [4, rows]."""
+        return torch.stack([self.nu, self.alpha, self.mu, self.clamped.double()])
+
+
+def _power_sums(w: torch.Tensor, nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Σ z^ν ln^k z for k = 0 … 4, z = |w - μ| / α, [5, rows], and Σ sign(w - μ) z^(ν-1), [rows]; float64."""
+    d = w - mu[:, None]
+    log = (d.abs() / alpha[:, None]).log_()
+    power = (log * nu[:, None]).exp_()
+    log.clamp_(min=_LOG_MIN)
+    score = torch.where(d == 0, 0.0, power / d).sum(-1) * alpha
+    table = [power.sum(-1)]
+    for _ in range(_ORDERS - 1):
+        power = power * log
+        table.append(power.sum(-1))
+    return torch.stack(table), score
+
+
+def _read(
+    source: Callable[[], Iterator[torch.Tensor]], nu: float, alpha: float, mu: float, with_score: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_power_sums` of a long row in one reading, [5] and 0-d: float32 in a block, or float64 where that overflows."""
+    for wide in (False, True):
+        found = []
+        for stored in source():
+            narrow = not wide and stored.dtype != torch.float64 and 1e-25 < alpha < 1e25
+            dtype = torch.float32 if narrow else torch.float64
+            found.append(_read_block(stored, dtype, nu, alpha, mu, with_score))
+        sums = torch.stack(found).to("cpu", torch.float64).sum(0)
+        if bool(sums.isfinite().all()):
+            break
+    return sums[:_ORDERS], sums[_ORDERS]
+
+
+def _read_block(
+    stored: torch.Tensor, dtype: torch.dtype, nu: float, alpha: float, mu: float, with_score: bool
+) -> torch.Tensor:
+    d, log, power = scratch(3, stored.shape, dtype, stored.device)
+    d.copy_(stored)
+    if mu:
+        # what float32 cannot hold of the location is taken off in a second step
+        high = float(torch.tensor(mu, dtype=dtype))
+        d.sub_(high)
+        if mu != high:
+            d.sub_(mu - high)
+    torch.abs(d, out=log).mul_(1 / alpha).log_()
+    torch.mul(log, nu, out=power).exp_()
+    log.clamp_(min=_LOG_MIN)
+    sums = [power.sum()]
+    score = power.new_zeros(())
+    if with_score:
+        tiny = torch.finfo(dtype).tiny
+        # z^ν / 0 is 0 here, as ν > 1
+        score = torch.div(power, torch.where(d == 0, tiny, d)).sum() * alpha
+    power.mul_(log)
+    sums += [power.sum(), torch.dot(power, log)]
+    power.mul_(log)
+    sums.append(torch.dot(power, log))
+    power.mul_(log)
+    sums.append(torch.dot(power, log))
+    return torch.stack([*sums, score])
+
+
+def _solve_profile(
+    n: torch.Tensor, start: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The shape, the scale in units of the table's, and whether the shape is clamped, [rows] each.
+
+    S is a Taylor series about `start`, so that a step is at most a fifth of it.
+    """
+    low, high = (start * 0.8).clamp_min(SHAPE_MIN), (start * 1.25).clamp_max(SHAPE_MAX)
+    nu = start
+    for _ in range(8):
+        delta = nu - start
+        s, s1, s2 = _taylor(table, delta, 0), _taylor(table, delta, 1), _taylor(table, delta, 2)
+        a = nu.reciprocal()
+        level = torch.digamma(a) + (nu * s / n).log()
+        value = 1 + level * a - s1 / s
+        slope = -torch.polygamma(1, a) * a**3 - level * a**2 + (a + s1 / s) * a - (s2 / s - (s1 / s).square())
+        # value falls through zero at a maximum; elsewhere go uphill
+        step = torch.where(slope < 0, -value / slope, value.sign() * nu * 0.1)
+        new = torch.minimum(torch.maximum(nu + step, low), high)
+        small = bool(((new - nu).abs() <= 1e-13 * nu).all())
+        nu = new
+        if small:
+            break
+    s = _taylor(table, nu - start, 0)
+    at_end = ((nu <= SHAPE_MIN) & (value < 0)) | ((nu >= SHAPE_MAX) & (value > 0))
+    return nu, ((nu * s / n).log() / nu).exp(), at_end
+
+
+def _taylor(table: torch.Tensor, delta: torch.Tensor, derivative: int) -> torch.Tensor:
+    """A derivative of S at `delta` from the point of the table, [rows]."""
+    value = torch.zeros_like(delta)
+    for k in range(_ORDERS - 1, derivative - 1, -1):
+        value = value * delta + table[k] * (_INVERSE_FACTORIALS[k - derivative])
+    return value
+
+
+def _result(state: torch.Tensor, n: torch.Tensor, loc: float | None) -> GGDFit:
+    nu, alpha, mu, clamped = state
+    warn_clamped(clamped > 0, nu, "the likelihood still rises at that end, so that its maximum")
+    return make_fit("mle", nu, alpha, mu, n, clamped > 0, tuple(nu.shape), loc)

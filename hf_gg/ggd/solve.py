@@ -1,0 +1,139 @@
+"""From sums to parameters and standard errors; float64 on the CPU, all rows at once."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .result import GGDFit
+from .scan import Sums
+from .special import (
+    SHAPE_MAX,
+    SHAPE_MIN,
+    absolute_moment_about,
+    log_moment,
+    log_ratio_slope,
+    moment_ratio,
+    shape_from_ratio,
+)
+
+
+def fit_sums(sums: Sums, shape: tuple[int, ...], loc: float | None) -> GGDFit:
+    """The moment fit of each row, with the results in `shape`. Warns where the shape is clamped.
+
+    Args:
+        sums: of data that has a fit (see `checks.no_fit_reason`), about `loc` if that is given.
+        shape: shape of the results.
+        loc: the given location, or None.
+    """
+    nu, alpha, mean, ratio = solve_moments(sums, loc)
+    outside = ~((ratio <= moment_ratio(SHAPE_MIN) * (1 + 1e-9)) & (ratio >= moment_ratio(SHAPE_MAX) * (1 - 1e-9)))
+    warn_clamped(outside, nu, f"E[w²] / E[|w|]² = {ratio[outside][:3].tolist()}")
+    return make_fit("moments", nu, alpha, mean, sums.n, outside, shape, loc)
+
+
+def solve_moments(sums: Sums, loc: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shape, scale, location and the ratio E[w²] / E[|w|]² about the location, each [rows]."""
+    shift = sums.first / sums.n
+    absolute, second = sums.absolute / sums.n, sums.second / sums.n
+    if loc is not None:
+        mean, offset, variance = torch.full_like(shift, loc), torch.zeros_like(shift), second
+    else:
+        mean, offset, variance = sums.pivot + shift, shift, (second - shift.square()).clamp_min(0)
+    corrected = absolute
+    for _ in range(6):
+        ratio = (variance / corrected.square()).clamp_min(1.0)
+        nu = shape_from_ratio(ratio)
+        alpha = (variance.log() / 2 - log_moment(nu, 2) / 2).exp()
+        if bool((offset.abs() <= 1e-9 * variance.sqrt()).all()):
+            break
+        zero = torch.zeros_like(offset)
+        excess = absolute_moment_about(offset, alpha, nu) - absolute_moment_about(zero, alpha, nu)
+        # the absolute moment about the mean lies between half of that about anywhere and the standard deviation
+        better = torch.minimum(torch.maximum(absolute - excess, absolute / 4), variance.sqrt())
+        settled = bool(((better - corrected).abs() <= 1e-12 * corrected).all())
+        corrected = better
+        if settled:
+            break
+    return nu, alpha, mean, ratio
+
+
+def shifted_absolute(sums: Sums, pivot: torch.Tensor) -> torch.Tensor:
+    """Σ|w - pivot| of values whose sums are about another pivot, by the distribution that fits them."""
+    mean = sums.pivot + sums.first / sums.n
+    constant = (sums.high <= sums.low) | (sums.n < 2)
+    nu, alpha, _, _ = solve_moments(sums, None)
+    by_model = absolute_moment_about(mean - pivot, alpha, nu)
+    outside = (pivot <= sums.low) | (pivot >= sums.high)  # then nothing needs a model
+    return sums.n * torch.where(constant | outside, (mean - pivot).abs(), by_model)
+
+
+def make_fit(
+    method: str,
+    nu: torch.Tensor,
+    alpha: torch.Tensor,
+    mean: torch.Tensor,
+    n: torch.Tensor,
+    clamped: torch.Tensor,
+    shape: tuple[int, ...],
+    loc: float | None,
+) -> GGDFit:
+    """A `GGDFit` with its standard errors; every tensor [rows] is brought into `shape`."""
+    errors = moment_errors(nu, alpha, n) if method == "moments" else likelihood_errors(nu, alpha, n)
+    if loc is not None:
+        errors = (torch.zeros_like(nu), *errors[1:])
+    loc_error, scale_error, shape_error = errors
+    result = GGDFit(mean, alpha, nu, loc_error, scale_error, shape_error, n.long(), method, clamped)
+    return result.map(lambda t: t.reshape(shape))
+
+
+def warn_clamped(outside: torch.Tensor, nu: torch.Tensor, why: str) -> None:
+    """Warn that shapes were clamped, if any was."""
+    if not bool(outside.any()):
+        return
+    ends = sorted({f"{v:g}" for v in nu[outside].tolist()})
+    warnings.warn(
+        f"the shape of {int(outside.sum())} of {outside.numel()} fits is clamped to {' and '.join(ends)}: {why} lies "
+        f"outside of what shapes {SHAPE_MIN} … {SHAPE_MAX} give; the data is no generalized Gaussian of such a shape.",
+        stacklevel=4,
+    )
+
+
+def moment_errors(nu: torch.Tensor, alpha: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Standard errors of loc, scale and shape of a moment fit, by the delta method.
+
+    The sample moments m₁ of |w - μ| and m₂ of its square have the covariances of the fitted distribution. The
+    estimated mean adds nothing of first order, because the distribution is symmetric.
+    """
+    e1, e2, e3, e4 = (log_moment(nu, k).exp() for k in (1, 2, 3, 4))
+    # variances of m1 / E m1 and of m2 / E m2 and their covariance, times n
+    v1 = e2 / e1.square() - 1
+    v2 = e4 / e2.square() - 1
+    v12 = e3 / (e1 * e2) - 1
+    slope = log_ratio_slope(nu)
+    shape_error = ((v2 + 4 * v1 - 4 * v12) / n).clamp_min(0).sqrt() / slope.abs()
+    # ln α = ln m1 - ln e1(ν) with dν = (dm2 - 2 dm1) / slope
+    a = nu.reciprocal()
+    e1_slope = -a.square() * (2 * torch.digamma(2 * a) - torch.digamma(a)) / slope
+    c1, c2 = 1 + 2 * e1_slope, -e1_slope
+    scale_error = alpha * ((c1**2 * v1 + c2**2 * v2 + 2 * c1 * c2 * v12) / n).clamp_min(0).sqrt()
+    return alpha * (e2 / n).sqrt(), scale_error, shape_error
+
+
+def likelihood_errors(nu: torch.Tensor, alpha: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Standard errors of loc, scale and shape of a likelihood fit, from the Fisher information.
+
+    The location's is α sqrt(Γ(1/ν) / Γ(2 - 1/ν)) / (ν sqrt(n)) for ν ≥ 1. Below, its information grows without bound
+    (at ν = 1/2 it is infinite) and no longer describes finite samples; there the median's, α Γ(1/ν) / (ν sqrt(n)), is
+    given, an upper bound that equals the other at ν = 1.
+    """
+    a = nu.reciprocal()
+    psi, psi1 = torch.digamma(1 + a), torch.polygamma(1, 1 + a)
+    scale_scale = nu / alpha.square()
+    scale_shape = -(1 + psi) * a / alpha
+    shape_shape = a**2 + torch.polygamma(1, a) * a**4 + 2 * torch.digamma(a) * a**3 + (psi1 + psi.square()) * a**3
+    determinant = scale_scale * shape_shape - scale_shape.square()
+    half = torch.where(nu >= 1, (torch.lgamma(a) - torch.lgamma(2 - a.clamp_max(1))) / 2, torch.lgamma(a))
+    loc_error = alpha * a * half.exp() / n.sqrt()
+    return loc_error, (shape_shape / determinant / n).sqrt(), (scale_scale / determinant / n).sqrt()
