@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..ggd import GGDFit, Moments, fit
+from ..ggd import FitError, GGDFit, Moments, fit
 from .distance import count_outside, grid_entropy, kolmogorov_smirnov
 
 
 # Fewer values say nothing about a shape.
 _FEWEST = 16
+# The fourth power of a magnitude outside of these leaves float64.
+_SMALL, _LARGE = 1e-75, 1e75
 # Edges of the histogram, in standard deviations from the mean.
 BINS = np.linspace(-12.0, 12.0, 241)
 _CHUNK = 1 << 20
@@ -112,15 +114,15 @@ def describe(weights: torch.Tensor, snr: float = 30.0, outlier_at: float = 6.0) 
     reason = why_no_fit(ordered)
     if reason is not None:
         raise NoFit(reason)
-    moments = Moments()
-    for chunk in flat.split(_CHUNK):
-        moments.update(chunk)
+    moments = Moments().update(flat)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        by_moments, by_likelihood = moments.fit(), fit(flat, method="mle")
+        try:
+            by_moments, by_likelihood = moments.fit(), fit(flat, method="mle")
+        except FitError as error:
+            raise NoFit(str(error)) from error
     notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
-    mean, std = float(moments.mean), math.sqrt(float(moments.var))
-    result = _measure(ordered, by_likelihood, by_moments, mean, std, float(moments.kurtosis), snr, outlier_at, notes)
+    result = _measure(ordered, by_likelihood, by_moments, moments, snr, outlier_at, notes)
     wrong = [name for name, value in vars(result).items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
         raise NoFit(f"values too large or too small for the {wrong[0]} in float64")
@@ -144,6 +146,9 @@ def why_no_fit(ordered: np.ndarray) -> str | None:
         return "all zero" if ordered[0] == 0 else f"constant, {ordered[0]:g}"
     if n < _FEWEST:
         return f"{n} values, too few for a fit"
+    peak = max(-float(ordered[0]), float(ordered[-1]))
+    if not _SMALL < peak < _LARGE:
+        return f"values up to {peak:g}, whose fourth powers float64 cannot hold"
     return None
 
 
@@ -159,15 +164,13 @@ def _sorted(flat: torch.Tensor) -> np.ndarray:
 def _measure(
     ordered: np.ndarray,
     mle: GGDFit,
-    moments: GGDFit,
-    mean: float,
-    std: float,
-    kurtosis: float,
+    by_moments: GGDFit,
+    moments: Moments,
     snr: float,
     outlier_at: float,
     notes: tuple[str, ...],
 ) -> Statistics:
-    n, law = len(ordered), mle.distribution()
+    n, law, mean, std = len(ordered), mle.distribution(), moments.mean, moments.std
     entropy = float(law.entropy()) / math.log(2)
     step = std * math.sqrt(12 * 10 ** (-snr / 10))
     median = float(ordered[(n - 1) // 2]) / 2 + float(ordered[n // 2]) / 2
@@ -182,7 +185,7 @@ def _measure(
         std=std,
         median=median,
         deviation=deviation,
-        kurtosis=kurtosis,
+        kurtosis=moments.kurtosis,
         minimum=float(ordered[0]),
         maximum=float(ordered[-1]),
         zeros=int(zeros) / n,
@@ -190,10 +193,10 @@ def _measure(
         shape_stderr=float(mle.shape_stderr),
         scale=float(mle.scale),
         loc=loc,
-        shape_moments=float(moments.shape),
-        scale_moments=float(moments.scale),
+        shape_moments=float(by_moments.shape),
+        scale_moments=float(by_moments.scale),
         ks_ggd=kolmogorov_smirnov(ordered, _cdf(law)),
-        ks_ggd_moments=kolmogorov_smirnov(ordered, _cdf(moments.distribution())),
+        ks_ggd_moments=kolmogorov_smirnov(ordered, _cdf(by_moments.distribution())),
         ks_gaussian=kolmogorov_smirnov(ordered, _cdf(torch.distributions.Normal(_number(mean), _number(std)))),
         ks_laplace=kolmogorov_smirnov(ordered, _cdf(torch.distributions.Laplace(_number(median), _number(deviation)))),
         entropy=entropy,

@@ -49,7 +49,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, shape, kind, layer", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("name", "shape", "kind", "layer"), CASES, ids=[case[0] for case in CASES])
 def test_kind_and_layer(name, shape, kind, layer):
     found = classify(name, shape)
     assert (found.kind, found.layer) == (kind, layer)
