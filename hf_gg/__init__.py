@@ -29,9 +29,9 @@ __all__ = [
     "RF8Linear",
     "__version__",
     "get_format",
-    "ggd",
     "gg_init",
     "gg_init_",
+    "ggd",
     "quantization_report",
     "quantize_",
 ]

@@ -19,6 +19,7 @@ from .. import __version__
 # Name: (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+    "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
 }
 
 DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."

@@ -10,14 +10,11 @@ Entropy-coded codes have one dimension and are decoded before they arrive here (
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
-import struct
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
@@ -28,6 +25,7 @@ from ..nn import RF8Experts
 from ..nn.base import OUTLIERS, outliers_of, set_outliers
 from ..nn.experts import quantize_experts
 from . import coded
+from .header import read_header
 from .selection import code_parameters, quantized_modules, weight_names
 
 
@@ -288,8 +286,6 @@ def _reduction(parameter: Any, transposed: bool, scale_mode: Any):
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _WEIGHTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
-# The largest header that safetensors reads.
-_MAX_HEADER = 100_000_000
 
 
 def check_shards(files: list[str] | None, weight_format: str | None) -> dict[str, tuple[str, list[int]]]:
@@ -344,38 +340,3 @@ def _is_narrow(name: str, entry: dict) -> bool:
     # a coded matrix has one dimension
     matrix = name.rpartition(".")[2] in _WEIGHTS and (len(entry["shape"]) >= 2 or entry["dtype"] == "U8")
     return entry["dtype"] in _NARROW or (matrix and entry["dtype"] in _INTEGERS)
-
-
-def read_header(path: str) -> dict[str, dict]:
-    """The header of a safetensors file, which safetensors itself accepts."""
-    name, size = os.path.basename(path), os.path.getsize(path)
-    damaged = f"{name} is not a readable safetensors file"
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError(f"{damaged}: {size} bytes, shorter than a header. Download or save it again.")
-        length = struct.unpack("<Q", start)[0]
-        if length > min(size - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated."
-            )
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{damaged}: the header is no JSON ({error}). Download or save it again.") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{damaged}: the header is no table of tensors.")
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            end = int(entry["data_offsets"][1])
-        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-            raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
-        if 8 + length + end > size:
-            raise ValueError(f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}.")
-    try:
-        with safe_open(path, framework="pt"):
-            return header
-    except SafetensorError as error:
-        raise ValueError(f"{damaged}: {error}. Download or save it again.") from error

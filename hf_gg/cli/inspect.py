@@ -1,0 +1,134 @@
+"""Statistics of a checkpoint's weights: how they are distributed, and what coding them would cost.
+
+MODEL is a folder, a file (safetensors, PyTorch, GGUF) or a name on the hub. Tensors are read one at a time. Matrices
+are fitted; norms, biases and other vectors are listed (--all fits them too). Exit code 1 if a part of the checkpoint
+is damaged; what can be read is shown all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..inspection import Row, classify, describe, summarize
+from ..inspection.describe import NoFit
+from ..integrations.reading import Problem, TensorSource, open_checkpoint
+from .report import Report, document, table
+
+
+_NO_MATRIX = "no matrix (--all fits it)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a file, or a name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--file", help="the file to take where there are several, or a pattern such as '*Q4_K_M.gguf'")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--plot", metavar="OUT.png", type=Path, help="write a picture (needs matplotlib)")
+    parser.add_argument("--html", metavar="OUT.html", type=Path, help="write a page, one file")
+    parser.add_argument("--snr", type=_positive, default=30.0, help="error of the predicted bits, dB (default 30)")
+    parser.add_argument(
+        "--outliers", type=_positive, default=6.0, metavar="K", help="outliers are beyond K standard deviations (6)"
+    )
+    parser.add_argument("--all", action="store_true", help="fit norms, biases and other vectors too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect, print, write. Returns 1 if a part of the checkpoint is damaged."""
+    for path in (args.plot, args.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder {path.absolute().parent} to write {path.name} to: make it first.")
+    if args.plot is not None:
+        from .report import png  # says what is missing before anything is read
+    with open_checkpoint(args.model, args.revision, args.file) as source:
+        report = inspect(source, args.model, args.snr, args.outliers, args.all)
+    if args.plot is not None:
+        _write(args.plot, png.render(report))
+    if args.html is not None:
+        from .report import page
+
+        _write(args.html, page.render(report).encode())
+    if args.json:
+        print(document.render(report))
+    else:
+        print(table.render(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    for problem in report.problems:
+        print(f"hf-gg inspect: error: {problem.message}", file=sys.stderr)
+    return 1 if report.problems else 0
+
+
+def inspect(
+    source: TensorSource, model: str, snr: float = 30.0, outlier_at: float = 6.0, everything: bool = False
+) -> Report:
+    """Describe every tensor of a checkpoint, with a progress bar where standard error is a terminal.
+
+    Args:
+        source: the checkpoint.
+        model: what the user calls it.
+        snr: signal to noise that bits are predicted for, dB.
+        outlier_at: standard deviations beyond which a weight is an outlier.
+        everything: fit what is no matrix, too.
+    """
+    rows: list[Row] = []
+    problems = list(source.problems)
+    bar = tqdm(total=source.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
+    with bar:
+        for entry in source:
+            bar.set_postfix_str(entry.name, refresh=False)
+            statistics, reason = None, entry.reason
+            where = classify(entry.name, entry.shape)
+            if reason is None and not where.matrix and not everything:
+                reason = _NO_MATRIX
+            if reason is None:
+                try:
+                    statistics = describe(entry.load(), snr, outlier_at)
+                except (NoFit, NotImplementedError) as error:
+                    reason = str(error)
+                except ValueError as error:
+                    problems.append(Problem(entry.file, entry.name, str(error)))
+                    reason = "damaged, see the errors"
+            rows.append(Row(entry.name, entry.shape, entry.stored, entry.file, where, statistics, reason))
+            bar.update(entry.nbytes)
+    rows.sort(key=lambda row: row.order)
+    decoded = {row.stored for row in rows if row.statistics is not None} & {source.weight_format}
+    return Report(
+        model=model,
+        files=source.files,
+        format=source.format,
+        weight_format=next(iter(decoded), None),
+        snr=snr,
+        outlier_at=outlier_at,
+        rows=rows,
+        kinds=summarize(rows),
+        problems=problems,
+    )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file at once, so that a reader finds the old one or the whole new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
