@@ -1,0 +1,1 @@
+"""Algorithms on tensors and parameters in training, without Hugging Face."""
