@@ -1,6 +1,6 @@
 """BackSlash: a rate penalty on weights during training, λ Σ |w|^ν with ν estimated from the weights as they change.
 
-After the paper "BackSlash: Rate Constrained Optimized Training of Large Language Models" (ICML 2025, arXiv 2504.16968).
+After "BackSlash: Rate Constrained Optimized Training of Large Language Models" (ICML 2025, arXiv 2504.16968).
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ class BackSlash:
     - `"decoupled"`: |w| falls by η λ ν (|w|/s + ε)^(ν−1), and a weight that would cross zero stops at zero. λ is per
       weight and without a unit: λ = 1 moves weights of the mean size by η ν, as much as one full step of Adam. So it
       means the same for models of any size and scale. ν = 1 is L1 (soft thresholding), ν = 2 is L2.
-    - `"reference"`: w −= (λ ν / N) sign(w) (|w| + ε)^(ν−1), whatever the learning rate; N counts all parameters. This is
-      the authors' code, with λ = 2000 and ε = 1.
+    - `"reference"`: w −= (λ ν / N) sign(w) (|w| + ε)^(ν−1), whatever the learning rate; N counts all parameters. This
+      is what the authors' code does, with λ = 2000 and ε = 1.
 
     Args:
         params: a model, whose trainable matrices are taken (`select_matrices`); or a dict, or an iterable of
             (name, parameter) pairs, of which all are taken.
         lambda_: λ ≥ 0; by default 0.3, or 2000 in the reference form.
         form: `"decoupled"` or `"reference"`.
-        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default `"tensor"`, or
-            `"global"` in the reference form.
+        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default `"tensor"`,
+            or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh uniform
+            initializer has ν = 8, which would act on the largest weights alone.
         eps: ε ≥ 0 in units of s (reference: in the weights' own unit); by default 0.1, or 1 in the reference form.
         every: steps between two estimates of ν and s.
         count: N of the reference form; by default all parameters of the model, or of `params`.
@@ -65,8 +66,8 @@ class BackSlash:
         fits: ν and s of each tensor, empty before the first step.
 
     Raises:
-        TypeError: an argument or a parameter of a wrong type, such as quantized codes. ValueError: a negative or NaN λ,
-            an unknown form or shape, nothing to act on.
+        TypeError: an argument or a parameter of a wrong type, such as quantized codes. ValueError: a negative or NaN
+            λ, an unknown form or shape, nothing to act on.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class BackSlash:
         if not self.parts:
             raise ValueError("params holds no parameter: there is nothing to act on.")
         names = [part.name for part in self.parts]
-        if len(set(names)) < len(names):
+        self._places = {name: place for place, name in enumerate(names)}
+        if len(self._places) < len(names):
             raise ValueError(f"params names {next(n for n in names if names.count(n) > 1)!r} twice.")
         self.count = count or sum(part.numel for part in self.parts)
         self.strength = 1.0
@@ -131,8 +133,8 @@ class BackSlash:
             optimizer: a torch optimizer, or a wrapper of one (accelerate's, DeepSpeed's) with it as `.optimizer`.
 
         Raises:
-            ValueError: it does not step a chosen parameter. TypeError: it has no hooks, as optimizers that step layer by
-                layer during backward.
+            ValueError: it does not step a chosen parameter. TypeError: it has no hooks, as optimizers that step layer
+                by layer during backward.
         """
         self.detach()
         inner = innermost(optimizer)
@@ -140,8 +142,8 @@ class BackSlash:
         for part in self.parts:
             if part.owner is part.tensor and id(part.owner) not in known:
                 raise ValueError(
-                    f"the optimizer does not step {part.name}, which the penalty is to act on: add it to the optimizer, "
-                    "or name modules without it."
+                    f"the optimizer does not step {part.name}, which the penalty is to act on: add it to the "
+                    "optimizer, or name modules without it."
                 )
         self._handles = [
             inner.register_step_pre_hook(self._before_step),
@@ -211,6 +213,8 @@ class BackSlash:
         empty = scales == 0  # all weights are zero: nothing to shrink, any shape will do
         ratios = torch.where(empty, 2.0, (table[:, 1] / sizes) / scales.square().clamp_min(1e-300))
         shapes = torch.full_like(scales, self.shape) if isinstance(self.shape, float) else shape_from_ratio(ratios)
+        if self.form == "decoupled" and isinstance(self.shape, str):
+            shapes = shapes.clamp_max(2.0)
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 
@@ -225,7 +229,8 @@ class BackSlash:
 
     def state_dict(self) -> dict[str, Any]:
         """Steps made and the last estimates, as numbers that JSON keeps exactly."""
-        return {"steps": self.steps, "fits": {name: [fit.shape, fit.scale] for name, fit in self.fits.items()}}
+        steps = self.steps + bool(self._seen)
+        return {"steps": steps, "fits": {name: [fit.shape, fit.scale] for name, fit in self.fits.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`.
@@ -244,6 +249,7 @@ class BackSlash:
         for name, pair in fits.items():
             if len(pair) != 2 or not all(isinstance(x, float) and x > 0 and math.isfinite(x) for x in pair):
                 raise ValueError(f"the state of BackSlash is damaged: fits[{name!r}] is {pair!r}.")
+        self._seen = set()
         self.steps, self.fits = steps, {name: Fit(*pair) for name, pair in fits.items()}
 
     def _estimate_if_due(self) -> None:
@@ -294,7 +300,7 @@ class BackSlash:
             if local is not None and local.dtype == torch.bfloat16 and self.active:
                 generator = torch.Generator(local.device)
                 # the same on every process, another for each tensor and step
-                generator.manual_seed(hash((self.seed, self.steps, self.parts.index(part))) & (2**63 - 1))
+                generator.manual_seed(hash((self.seed, self.steps, self._places[part.name])) & (2**63 - 1))
             for index, block in enumerate(blocks(local) if local is not None else ()):
                 if self.active:
                     w = widened(block)
@@ -305,10 +311,11 @@ class BackSlash:
                     fill_zeros_(block, held[index])
                 total += block.sum(dtype=torch.float32)
             totals.append(total)
-        # split tensors are checked where all processes meet: at estimates, and before a checkpoint is written
-        whole = [(part, total) for part, total in zip(parts, totals) if not part.groups]
-        if whole:
-            self._check_finite([part for part, _ in whole], torch.stack([total.cpu() for _, total in whole]))
+        # split tensors are checked where all processes meet, at estimates and before a checkpoint is written; so are
+        # those on a GPU, which need not be waited for at every step
+        here = [(part, total) for part, total in zip(parts, totals) if not part.groups and total.device.type == "cpu"]
+        if here:
+            self._check_finite([part for part, _ in here], torch.stack([total for _, total in here]))
 
     def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> None:
         if self.form == "reference":
@@ -320,9 +327,9 @@ class BackSlash:
         bad = (~totals.isfinite()).nonzero()
         if len(bad):
             raise ValueError(
-                f"{parts[int(bad[0])].name} has weights that are NaN or infinite after step {self.steps}: training has "
-                "failed, and is stopped before anything is saved. Go on from the last checkpoint with a lower learning "
-                "rate, or with gradient clipping."
+                f"{parts[int(bad[0])].name} has weights that are NaN or infinite after step {self.steps}: training "
+                "has failed, and is stopped before anything is saved. Go on from the last checkpoint with a lower "
+                "learning rate, or with gradient clipping."
             )
 
 
@@ -364,8 +371,8 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(f"optimizer must be a torch optimizer or a wrapper of one, got {type(inner).__name__}.")
     if not getattr(type(inner).step, "hooked", False) or "DummyOptimizer" in type(inner).__name__:
         raise TypeError(
-            f"{type(inner).__name__} calls no step hooks, so the penalty cannot follow its steps: use another optimizer, "
-            "or call BackSlash.step(lr) yourself."
+            f"{type(inner).__name__} calls no step hooks, so the penalty cannot follow its steps: use another "
+            "optimizer, or call BackSlash.step(lr) yourself."
         )
     return inner
 
