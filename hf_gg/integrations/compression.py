@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .. import coding
 from ..nn.base import OUTLIERS
-from .checkpoint import read_header
+from .header import read_header
 from .folders import copy_others, weight_files
 from .lossless import GridFiles, StoredTensor
 from .report import quantization_report

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..coding.levels import decode_levels, encode_levels, is_levels, nearest_levels
-from .checkpoint import read_header
+from .header import read_header
 from .coded import FLOATS
 
 

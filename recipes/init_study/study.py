@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> Path:
                     continue
                 model = build(study, name, arm, seed)
                 init = fingerprint(model)
-                twin = [row for row in rows if row["init"] == init and row["model"] == name and row["seed"] == str(seed)]
+                twin = [
+                    row for row in rows if row["init"] == init and row["model"] == name and row["seed"] == str(seed)
+                ]
                 if twin:
                     new = [{**row, "arm": arm} for row in twin if row["arm"] == twin[0]["arm"]]
                 else:
@@ -172,7 +174,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def train_once(model, training: tf.TrainingArguments, seed: int, train: list[dict], held_out: list[dict]) -> list[dict]:
+def train_once(
+    model, training: tf.TrainingArguments, seed: int, train: list[dict], held_out: list[dict]
+) -> list[dict]:
     """Train a model; a row for each evaluation."""
     training.seed = training.data_seed = seed
     trainer = tf.Trainer(model=model, args=training, train_dataset=train, eval_dataset=held_out)

@@ -96,7 +96,9 @@ def test_every_family_keeps_its_deviations(family):
     assert {name for name, _ in model.named_parameters()} == plain.keys()  # ties are as they were
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert-cls", "t5", "vit", "mixtral", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "family", ["llama-tied", "gpt2", "bert-cls", "t5", "vit", "mixtral", "gpt-oss", "deepseek-v3"]
+)
 def test_shape_2_is_what_the_model_does(family):
     plain = values(new(family))
     with gg_init(shape=2):
