@@ -73,7 +73,7 @@ def as_rows(x: torch.Tensor, dim: int | tuple[int, ...] | None) -> tuple[torch.T
         IndexError: no such dimension. ValueError: a dimension named twice.
     """
     if dim is None:
-        order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)
         return x.permute(order).reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
