@@ -8,13 +8,16 @@ is damaged; what can be read is shown all the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from ..inspection import Row, classify, describe, summarize
@@ -80,7 +83,7 @@ def inspect(
     rows: list[Row] = []
     problems = list(source.problems)
     bar = tqdm(total=source.nbytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
-    with bar:
+    with bar, _one_thread():
         for entry in source:
             bar.set_postfix_str(entry.name, refresh=False)
             statistics, reason = None, entry.reason
@@ -110,6 +113,17 @@ def inspect(
         kinds=summarize(rows),
         problems=problems,
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The work on a tensor is many short steps: more threads gain little, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _positive(text: str) -> float:
