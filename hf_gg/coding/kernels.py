@@ -78,7 +78,7 @@ def rans_encode(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See `reference.rans_encode`."""
     chunks = -(-len(symbols) // chunk)
-    table = _table(frequencies)
+    table = packed_table(frequencies)
     states, lengths = np.empty((chunks, lanes), np.uint32), np.empty(chunks, np.int64)
     words = np.empty(chunks * chunk, np.uint16)  # only what is written takes memory
 
@@ -116,7 +116,7 @@ def rans_decode(
 ) -> np.ndarray:
     """See `reference.rans_decode`; `isa_code` chooses an instruction set, the best one for None."""
     best = isa() if isa_code is None else isa_code
-    slots, table = np.zeros((1 << bits) + 3, np.uint8), _table(frequencies)
+    slots, table = np.zeros((1 << bits) + 3, np.uint8), packed_table(frequencies)
     slots[: 1 << bits] = np.repeat(np.arange(256, dtype=np.uint8), frequencies)
     ends = np.cumsum(lengths) * 2
     hashes = np.empty((len(lengths), lanes), np.uint32)
@@ -210,7 +210,7 @@ def golomb_decode(
     return hashes
 
 
-def _table(frequencies: np.ndarray) -> np.ndarray:
+def packed_table(frequencies: np.ndarray) -> np.ndarray:
     """Of each symbol, frequency | start << 16, uint32 [256]; 0 for a symbol that has no frequency."""
     packed = frequencies | np.cumsum(frequencies) - frequencies << 16
     return np.where(frequencies > 0, packed, 0).astype(np.uint32)

@@ -19,7 +19,7 @@ import torch
 
 from ...formats import FORMATS, get_format
 from . import DTYPES
-from .config import Tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
+from .config import Tiles, coder_tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
 
 
 TARGETS = ("sm_80", "sm_90")
@@ -113,6 +113,24 @@ def compile_all(
     }
 
 
+def compile_coder(targets: Iterable[str] = TARGETS, bits: Iterable[int] = (14, 16)) -> dict[str, dict[str, int | str]]:
+    """Compile the entropy decoder; targets, results and errors as for `compile_all`, and AMD's, such as `"gfx942"`."""
+    from . import coder_kernels, kernels
+
+    if kernels.INTERPRETED:
+        raise RuntimeError("Triton's interpreter is on in this process: unset TRITON_INTERPRET to compile kernels.")
+    pointers = {"states_ptr": "*i32", "words_ptr": "*i16", "ends_ptr": "*i64", "slots_ptr": "*u8", "table_ptr": "*i32"}
+    pointers |= {"out_ptr": "*u8", "found_ptr": "*i32"}
+    found = {}
+    for target in targets:
+        for precision in bits:
+            constants: dict[str, object] = {"BITS": precision, "MOST_LANES": 32}
+            variant = Variant("rans_decode_kernel", str(precision), pointers, coder_tiles(), constants, aligned=False)
+            place = target if target.startswith("gfx") else _capability(target)
+            found[f"{target}/rans_decode/{precision}"] = _compile(coder_kernels.rans_decode_kernel, variant, place)
+    return found
+
+
 def _capability(target: str) -> int:
     match = re.fullmatch(r"sm_(\d+)", target)
     if match is None:
@@ -120,7 +138,8 @@ def _capability(target: str) -> int:
     return int(match.group(1))
 
 
-def _compile(kernel, variant: Variant, capability: int) -> dict[str, int | str]:
+def _compile(kernel, variant: Variant, place: int | str) -> dict[str, int | str]:
+    """Compile for a compute capability, such as 90, or for an AMD device, such as "gfx942"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -135,7 +154,10 @@ def _compile(kernel, variant: Variant, capability: int) -> dict[str, int | str]:
         if variant.aligned and (signature[name].startswith("*") or (signature[name] == "i32" and name in _DIVISIBLE))
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
+    target = GPUTarget("hip", place, 64) if isinstance(place, str) else GPUTarget("cuda", place, 32)
+    compiled = triton.compile(source, target=target, options=tiles.options)
+    if isinstance(place, str):
+        return {"amdgcn": compiled.asm["amdgcn"], "hsaco_bytes": len(compiled.asm["hsaco"]), "warps": tiles.warps}
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     return {
         "ptx": ptx,
@@ -167,7 +189,8 @@ def main(arguments: list[str]) -> int:
     """Print one line a kernel; the arguments are targets, sm_80 and sm_90 by default."""
     columns = ("ptx_bytes", "cubin_bytes", "shared_bytes", "warps", "registers", "spill_bytes")
     print(",".join(("kernel", *columns)))
-    for name, facts in compile_all(tuple(arguments) or TARGETS).items():
+    targets = tuple(arguments) or TARGETS
+    for name, facts in {**compile_all(targets), **compile_coder(targets)}.items():
         print(",".join([name, *(str(facts.get(column, "")) for column in columns)]))
     return 0
 

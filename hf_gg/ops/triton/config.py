@@ -78,3 +78,8 @@ def grad_tiles(rows: int, dtype: torch.dtype) -> Tiles:
     if rows <= 16:
         return Tiles(16, 64, 64, 4, 4)
     return Tiles(64, 64, 64, 4, 4) if rows <= 64 else Tiles(128, 64, 128, 8, 3)
+
+
+def coder_tiles() -> Tiles:
+    """Tiles of the entropy decoder: a warp for the 32 lanes of a chunk (m and n are not used)."""
+    return Tiles(m=1, n=1, k=32, warps=1, stages=1)
