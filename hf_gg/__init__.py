@@ -11,15 +11,19 @@ TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost
 if TYPE_CHECKING:
     from . import ggd as ggd
     from .formats import get_format as get_format
+    from .integrations.trainer import BackSlashCallback as BackSlashCallback
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
     from .integrations.transformers import quantize_ as quantize_
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
+    from .training.backslash import BackSlash as BackSlash
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackSlash",
+    "BackSlashCallback",
     "GGConfig",
     "RF8Experts",
     "RF8Linear",
@@ -31,6 +35,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "BackSlash": "hf_gg.training.backslash",
+    "BackSlashCallback": "hf_gg.integrations.trainer",
     "GGConfig": "hf_gg.integrations.transformers",
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
