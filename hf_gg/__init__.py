@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from .formats import get_format as get_format
     from .integrations.initialization import gg_init as gg_init
     from .integrations.initialization import gg_init_ as gg_init_
+    from .integrations.trainer import BackSlashCallback as BackSlashCallback
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
     from .integrations.transformers import quantize_ as quantize_
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
+    from .training.backslash import BackSlash as BackSlash
     from .training.initialization import GGInit as GGInit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackSlash",
+    "BackSlashCallback",
     "GGConfig",
     "GGInit",
     "RF8Experts",
@@ -37,6 +41,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "BackSlash": "hf_gg.training.backslash",
+    "BackSlashCallback": "hf_gg.integrations.trainer",
     "GGConfig": "hf_gg.integrations.transformers",
     "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",

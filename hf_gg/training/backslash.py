@@ -51,9 +51,9 @@ class BackSlash:
             (name, parameter) pairs, of which all are taken.
         lambda_: λ ≥ 0; by default 0.3, or 2000 in the reference form.
         form: `"decoupled"` or `"reference"`.
-        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default `"tensor"`,
-            or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh uniform
-            initializer has ν = 8, which would act on the largest weights alone.
+        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default
+            `"tensor"`, or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh
+            uniform initializer has ν = 8, which would act on the largest weights alone.
         eps: ε ≥ 0 in units of s (reference: in the weights' own unit); by default 0.1, or 1 in the reference form.
         every: steps between two estimates of ν and s.
         count: N of the reference form; by default all parameters of the model, or of `params`.
@@ -261,11 +261,20 @@ class BackSlash:
         owners = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not self._seen or owners & self._seen:
             if self._seen:
-                self.steps += 1
-            self._seen = set()
+                self._end_step()
             self._estimate_if_due()
         if self.hold_support:
             self._remember([part for part in self.parts if id(part.owner) in owners])
+
+    def _end_step(self) -> None:
+        for part in self.parts:
+            if id(part.owner) not in self._seen:
+                raise ValueError(
+                    f"the optimizer made a step without {part.name}, which the penalty is to act on: name modules "
+                    "without it, or use another optimizer or parallel mode."
+                )
+        self.steps += 1
+        self._seen = set()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         overflow = getattr(optimizer, "found_inf", None)

@@ -42,7 +42,10 @@ def select_matrices(
             continue
         for own, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{own}" if name else own
-            if parameter.ndim < 2 or (id(parameter) in tables and not embeddings):
+            # ZeRO-3 keeps the true shape of what it has taken apart
+            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or (
+                id(parameter) in tables and not embeddings
+            ):
                 continue
             if hits and not parameter.is_floating_point():
                 raise TypeError(

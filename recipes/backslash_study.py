@@ -1,0 +1,368 @@
+"""What the BackSlash recipes share: arguments, the list of runs, measurements at a rate, the CSV file, table and plot.
+
+A run is a method with one strength and one seed. Finished runs stand in the CSV file and are not made again. Methods:
+
+- `plain`: AdamW without weight decay; `decay`: with it; both without any penalty,
+- `backslash`: the decoupled form, ν of each tensor; `l1`, `l2`: the same step with ν = 1 and 2 fixed,
+- `reference`: the reference form, λ = 2000 and ε = 1,
+- `prune`: the plain model of the seed with its smallest weights set to zero, for each share of `prunes`.
+
+Each trained model is measured as it is, on uniform grids (its matrices rounded, one step for all), and with its
+smallest weights set to zero. Bits a weight are the order-0 entropy of each matrix's levels plus its code book.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers as tf
+import yaml
+
+from hf_gg import BackSlashCallback
+from hf_gg.training.parts import part_of
+from hf_gg.training.rate import Rate, measure
+from hf_gg.training.selection import select_matrices
+
+
+COLUMNS = ("method", "value", "seed", "grid", "pruned", "bits", "zeros", "metric", "shape", "seconds")
+COLORS = {
+    "plain": "#444444",
+    "prune": "#999999",
+    "decay": "#8c6d31",
+    "l2": "#1f77b4",
+    "l1": "#2ca02c",
+    "backslash": "#d62728",
+    "reference": "#9467bd",
+}
+
+
+@dataclass
+class StudyArguments:
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of data order and new weights"})
+    backslash: list[float] = field(default_factory=list, metadata={"help": "λ of the decoupled form"})
+    l1: list[float] = field(default_factory=list, metadata={"help": "λ with ν = 1"})
+    l2: list[float] = field(default_factory=list, metadata={"help": "λ with ν = 2"})
+    decay: list[float] = field(default_factory=list, metadata={"help": "weight decay of AdamW"})
+    reference: list[float] = field(default_factory=list, metadata={"help": "λ of the reference form"})
+    grids: list[float] = field(default_factory=lambda: [2**-5], metadata={"help": "steps of the uniform grids"})
+    prunes: list[float] = field(default_factory=lambda: [0.5, 0.8], metadata={"help": "shares of smallest weights"})
+    warmup: float = field(default=0.1, metadata={"help": "share of the training in which λ rises"})
+    off: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
+    eps: float = field(default=0.1, metadata={"help": "ε of the decoupled form"})
+    every: int = field(default=20, metadata={"help": "steps between two estimates of ν"})
+    tolerance: float = field(default=0.01, metadata={"help": "what may be lost: points of accuracy, or a share"})
+    results: str = field(default="results.csv", metadata={"help": "CSV file"})
+    image: str = field(default="", metadata={"help": "PNG file"})
+
+
+def read_arguments(
+    kind: type[StudyArguments], config: Path, arguments: list[str]
+) -> tuple[StudyArguments, tf.TrainingArguments]:
+    """The flat YAML file (`--config` names another one), and over it the command line.
+
+    Raises:
+        ValueError: an unknown key in the file, or no `max_steps`.
+    """
+    parser = tf.HfArgumentParser((kind, tf.TrainingArguments))  # type: ignore[arg-type]
+    parser.add_argument("--config", type=Path, default=config, help="flat YAML file of all arguments")
+    file = parser.parse_known_args(arguments)[0].config
+    values = yaml.safe_load(file.read_text())
+    unknown = values.keys() - {action.dest for action in parser._actions}
+    if unknown:
+        raise ValueError(f"{file}: unknown key {', '.join(sorted(unknown))}.")
+    parser.set_defaults(**values)
+    study, training, _ = parser.parse_args_into_dataclasses(arguments)
+    if training.max_steps < 1:
+        raise ValueError("max_steps must be given: methods are compared after as many steps.")
+    training.report_to, training.dataloader_pin_memory, training.disable_tqdm = [], False, True
+    training.save_strategy, training.use_cpu = tf.trainer_utils.SaveStrategy.NO, not torch.cuda.is_available()
+    return study, training
+
+
+def plan(study: StudyArguments) -> Iterator[tuple[int, str, float]]:
+    """Seed, method and strength of every run; the plain one first."""
+    for seed in study.seeds:
+        yield seed, "plain", 0.0
+        for method in ("backslash", "l1", "l2", "decay", "reference"):
+            for value in getattr(study, method):
+                yield seed, method, value
+
+
+def run(
+    study: StudyArguments,
+    training: tf.TrainingArguments,
+    train: Callable[[int, tf.TrainingArguments, list], torch.nn.Module],
+    evaluate: Callable[[torch.nn.Module], float],
+    better: str,
+) -> Path:
+    """Make the runs that are not in the CSV file yet, then print the table and plot.
+
+    Args:
+        train: trains a fresh model with a seed, arguments and callbacks, and returns it.
+        evaluate: the metric of a model on held-out data.
+        better: `"higher"` or `"lower"`.
+
+    Returns:
+        The CSV file.
+    """
+    tf.utils.logging.set_verbosity_error()
+    path = Path(study.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for seed, method, value in plan(study):
+        key = {"method": method, "value": f"{value:g}", "seed": str(seed)}
+        if any(key.items() <= row.items() for row in read_rows(path)):
+            continue
+        start = time.perf_counter()
+        model = train(seed, _with(training, method, value, seed), _callbacks(study, method, value))
+        seconds = time.perf_counter() - start
+        rows = [{**key, **row, "seconds": f"{seconds:.1f}"} for row in measured(model, study, evaluate)]
+        if method == "plain":
+            rows += [{**row, "seconds": "0"} for row in pruned(model, study, evaluate, str(seed))]
+        append_rows(path, rows)
+        print(f"seed {seed} {method} {value:g}: metric {rows[0]['metric']}, zeros {rows[0]['zeros']}, {seconds:.0f} s")
+    rows = read_rows(path)
+    print(table(rows, study, better))
+    if study.image:
+        plot(rows, study, better)
+    return path
+
+
+def measured(model: torch.nn.Module, study: StudyArguments, evaluate: Callable) -> Iterator[dict[str, str]]:
+    """A trained model as it is, on each grid, and pruned."""
+    matrices = select_matrices(model)
+    for grid in (0.0, *study.grids):
+        with changed(matrices, lambda w, grid=grid: w.div_(grid).round_().mul_(grid) if grid else w):
+            yield _row(matrices, grid, 0.0, evaluate(model))
+    for share in study.prunes:
+        threshold = _threshold(matrices, share)
+        with changed(matrices, lambda w, threshold=threshold: w.masked_fill_(w.abs() <= threshold, 0)):
+            yield _row(matrices, 0.0, share, evaluate(model))
+
+
+def pruned(model: torch.nn.Module, study: StudyArguments, evaluate: Callable, seed: str) -> Iterator[dict[str, str]]:
+    """The plain model with its smallest weights at zero, on each grid."""
+    matrices = select_matrices(model)
+    for share in study.prunes:
+        threshold = _threshold(matrices, share)
+        for grid in study.grids:
+
+            def prune(w: torch.Tensor, threshold: float = threshold, grid: float = grid) -> None:
+                w.masked_fill_(w.abs() <= threshold, 0).div_(grid).round_().mul_(grid)
+
+            with changed(matrices, prune):
+                row = _row(matrices, grid, 0.0, evaluate(model))
+                yield {"method": "prune", "value": f"{share:g}", "seed": seed, **row}
+
+
+@contextmanager
+def changed(matrices: dict[str, torch.nn.Parameter], change: Callable[[torch.Tensor], object]) -> Iterator[None]:
+    """The matrices with `change` made to each, and as they were afterwards."""
+    kept = {name: p.detach().clone() for name, p in matrices.items()}
+    try:
+        with torch.no_grad():
+            for p in matrices.values():
+                change(p)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in matrices.items():
+                p.copy_(kept[name])
+
+
+def _threshold(matrices: dict[str, torch.nn.Parameter], share: float) -> float:
+    """The magnitude below which a share of all weights lies."""
+    magnitudes = torch.cat([p.detach().abs().flatten() for p in matrices.values()])
+    return float(magnitudes.kthvalue(max(1, round(share * len(magnitudes)))).values)
+
+
+def _row(matrices: dict[str, torch.nn.Parameter], grid: float, share: float, metric: float) -> dict[str, str]:
+    from hf_gg.ggd import fit
+
+    parts = [part_of(name, p) for name, p in matrices.items()]
+    rate = Rate.of(measure(parts, grid or 2**-12).values())
+    shapes = [float(fit(p).shape) if p.any() else 0.0 for p in matrices.values()] if not (grid or share) else []
+    shape = f"{sum(shapes) / len(shapes):.3f}" if shapes else ""
+    bits = f"{rate.bits:.4f}" if grid else "32"
+    row = {"grid": f"{grid:g}", "pruned": f"{share:g}", "bits": bits, "zeros": f"{rate.zeros:.4f}"}
+    return {**row, "metric": f"{metric:.4f}", "shape": shape}
+
+
+def _with(training: tf.TrainingArguments, method: str, value: float, seed: int) -> tf.TrainingArguments:
+    import copy
+
+    result = copy.deepcopy(training)
+    result.seed = result.data_seed = seed
+    result.weight_decay = value if method == "decay" else 0.0
+    return result
+
+
+def _callbacks(study: StudyArguments, method: str, value: float) -> list[tf.TrainerCallback]:
+    if method in ("plain", "decay"):
+        return []
+    schedule = {"every": study.every, "warmup": study.warmup, "off": study.off}
+    if method == "reference":
+        return [BackSlashCallback(value, form="reference", **schedule)]
+    shape = {"backslash": None, "l1": 1.0, "l2": 2.0}[method]
+    return [BackSlashCallback(value, shape=shape, eps=study.eps, **schedule)]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV file, none if there is none."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Add the rows of one run."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The seeds of one method, strength and grid: means, and the lowest and highest metric."""
+
+    method: str
+    value: float
+    grid: float
+    bits: float
+    metric: float
+    low: float
+    high: float
+    zeros: float
+
+
+def points(rows: list[dict[str, str]], share: str = "0") -> list[Point]:
+    """Rows at one pruned share, the seeds together."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["pruned"] == share:
+            groups.setdefault((row["method"], row["value"], row["grid"]), []).append(row)
+    found = []
+    for (method, value, grid), group in groups.items():
+        metrics = [float(row["metric"]) for row in group]
+        bits, zeros = ([float(row[name]) for row in group] for name in ("bits", "zeros"))
+        mean = [sum(x) / len(x) for x in (bits, metrics, zeros)]
+        found.append(Point(method, float(value), float(grid), mean[0], mean[1], min(metrics), max(metrics), mean[2]))
+    return found
+
+
+def frontier(found: list[Point], better: str) -> list[Point]:
+    """Points that no other one beats in both bits and metric, by bits."""
+    sign, best, result = 1 if better == "higher" else -1, float("-inf"), []
+    for point in sorted(found, key=lambda p: (p.bits, -sign * p.metric)):
+        if sign * point.metric > best:
+            best = sign * point.metric
+            result.append(point)
+    return result
+
+
+def limit_of(rows: list[dict[str, str]], study: StudyArguments, better: str) -> tuple[float, float]:
+    """The plain model's metric, and the worst one that the tolerance allows."""
+    plain = next(p.metric for p in points(rows) if p.method == "plain" and p.grid == 0)
+    return plain, plain - study.tolerance if better == "higher" else plain * (1 + study.tolerance)
+
+
+def table(rows: list[dict[str, str]], study: StudyArguments, better: str) -> str:
+    """Fewest bits of each method within the tolerance, and what pruning does to each model."""
+    plain, limit = limit_of(rows, study, better)
+    found, sign = points(rows), 1 if better == "higher" else -1
+    lines = [
+        f"plain training: {plain:.4f}; allowed: {limit:.4f}",
+        "",
+        "| method | strength | grid | bits | metric | seeds | zeros |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for method in COLORS:
+        good = [p for p in found if p.method == method and p.grid and sign * (p.metric - limit) >= 0]
+        if good:
+            p = min(good, key=lambda p: p.bits)
+            span = f"{p.low:.4f}–{p.high:.4f}"
+            lines.append(
+                f"| {method} | {p.value:g} | {p.grid:g} | {p.bits:.2f} | {p.metric:.4f} | {span} | {p.zeros:.0%} |"
+            )
+        elif any(p.method == method for p in found):
+            lines.append(f"| {method} | – | – | – | – | – | – |")
+    head = "".join(f" −{share:.0%} |" for share in study.prunes)
+    lines += [
+        "",
+        f"| method | strength | zeros | as trained |{head}",
+        "|---|---|---|---|" + "---|" * len(study.prunes),
+    ]
+    for p in sorted(found, key=lambda p: (list(COLORS).index(p.method), p.value)):
+        if p.grid == 0 and p.method != "prune":
+            cells = []
+            for share in study.prunes:
+                same = (q for q in points(rows, f"{share:g}") if (q.method, q.value) == (p.method, p.value))
+                cells.append(next((f" {q.metric:.4f} |" for q in same), " – |"))
+            lines.append(f"| {p.method} | {p.value:g} | {p.zeros:.0%} | {p.metric:.4f} |" + "".join(cells))
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, str]], study: StudyArguments, better: str) -> None:
+    """Metric against bits, and against the share that is pruned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plain, limit = limit_of(rows, study, better)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=110)
+    found = points(rows)
+    for method, color in COLORS.items():
+        mine = [p for p in found if p.method == method and p.grid]
+        if not mine:
+            continue
+        left.plot([p.bits for p in mine], [p.metric for p in mine], ".", color=color, alpha=0.25, ms=4)
+        best = frontier(mine, better)
+        errors = [[p.metric - p.low for p in best], [p.high - p.metric for p in best]]
+        xs, ys = [p.bits for p in best], [p.metric for p in best]
+        left.errorbar(xs, ys, errors, color=color, marker="o", ms=4, lw=1.4, capsize=2, label=method)
+    left.axhline(plain, color="#444444", lw=0.8, ls=":")
+    left.axhline(limit, color="#444444", lw=0.8, ls="--")
+    span = abs(plain - limit)
+    if better == "higher":
+        left.set_ylim(plain - 12 * span, plain + 2 * span)
+    else:
+        left.set_ylim(plain - 3 * span, plain + 15 * span)
+    left.set_xlim(0, max(6.0, *(min(p.bits for p in found if p.method == m) for m in ("plain",))))
+    left.set_xlabel("bits a weight, code book counted")
+    left.set_ylabel("metric on held-out data")
+    left.legend(fontsize=8)
+    left.set_title("each method's best points; bars: all seeds", fontsize=9)
+    for p in sorted((p for p in found if p.grid == 0 and p.method in ("plain", "backslash")), key=lambda p: p.value):
+        curve = [(0.0, p)]
+        for share in study.prunes:
+            curve += [(share, q) for q in points(rows, f"{share:g}") if (q.method, q.value) == (p.method, p.value)]
+        style = {"color": "#444444"} if p.method == "plain" else {}
+        label = p.method if p.method == "plain" else f"backslash {p.value:g}"
+        right.plot([x for x, _ in curve], [q.metric for _, q in curve], marker="o", ms=4, label=label, **style)
+    if better == "lower":
+        right.set_yscale("log")
+    right.set_xlabel("share of the weights pruned, smallest first")
+    right.legend(fontsize=8)
+    right.set_title("pruning without training on", fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, lw=0.5)
+    figure.tight_layout()
+    Path(study.image).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(study.image)
+    plt.close(figure)
+
+
+def arguments_or(arguments: list[str] | None) -> list[str]:
+    """The command line, unless a caller gives another."""
+    return sys.argv[1:] if arguments is None else arguments
