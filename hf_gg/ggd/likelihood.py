@@ -203,6 +203,9 @@ class _State:
         self.shape_step = torch.full_like(nu, torch.inf)
         # about what the last step of the location changes in ν, relatively
         self.loc_left = torch.where(free, torch.inf, 0.0).double()
+        # where the score changes its sign, at a settled shape
+        self.low, self.high = torch.full_like(nu, -torch.inf), torch.full_like(nu, torch.inf)
+        self.steps = 0
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def put(self, mu: float, row: int = 0) -> None:
@@ -216,6 +219,7 @@ class _State:
         """Some of the rows."""
         new = _State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
         new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
+        new.low, new.high, new.steps = self.low[rows], self.high[rows], self.steps
         new.last = None if self.last is None else (self.last[0][rows], self.last[1][rows])
         return new
 
@@ -248,10 +252,22 @@ class _State:
             measured = (self.last[1] - gradient) / torch.where(change == 0, torch.inf, change)
             secant = (measured > 0.1 * expected) & (measured < 10 * expected)
             curvature = torch.where(secant, measured, expected)
-        move = torch.where(self.free & (self.nu >= CUSPED), gradient / curvature, 0.0)
+        move = self._within(gradient / curvature, gradient)
+        move = torch.where(self.free & (self.nu >= CUSPED), move, 0.0)
         self.last = (self.mu.clone(), gradient)
         self.mu = self.mu + move
         self.loc_left = (move / error).abs() / self.n
+
+    def _within(self, move: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The step, or half of the bracket's width: secants end slowly where few values make steps of the score."""
+        fresh = self.shape_step > 1e-3
+        low, high = torch.where(fresh, -torch.inf, self.low), torch.where(fresh, torch.inf, self.high)
+        self.low, self.high = torch.where(gradient > 0, self.mu, low), torch.where(gradient < 0, self.mu, high)
+        self.steps += 1
+        closed = self.low.isfinite() & self.high.isfinite()
+        leaves = (self.mu + move <= self.low) | (self.mu + move >= self.high) | (self.steps > 12)
+        half = torch.where(closed, (self.low + self.high) / 2, 0.0) - self.mu
+        return torch.where(closed & leaves, half, move)
 
     def stack(self) -> torch.Tensor:
         """ν, α, μ, clamped; [4, rows]."""
