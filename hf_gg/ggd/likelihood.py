@@ -32,6 +32,8 @@ _ORDERS = 5
 _MAX_READINGS = 30
 _MAX_STEPS = 100
 _CONVERGED = 1e-9
+# scales whose powers float32 holds
+_NARROW = (1e-25, 1e25)
 # stands for the logarithm of zero where it is multiplied by zero
 _LOG_MIN = -1e3
 _INVERSE_FACTORIALS = (1.0, 1.0, 0.5, 1 / 6, 1 / 24)
@@ -121,6 +123,7 @@ def _fit_long(sources: Sequence[_Row | _Stream], n: torch.Tensor, loc: float | N
     state = _State(n, start[0], start[1], start[2], torch.full((len(sources),), loc is None))
     left = torch.arange(len(sources))
     for reading in range(_MAX_READINGS):
+        state.round()
         sums = []
         for row, i in enumerate(left.tolist()):
             if bool(state.free[row] & (state.nu[row] < CUSPED) & ((state.shape_step[row] < 0.05) | (reading == 0))):
@@ -198,8 +201,11 @@ class _State:
         self.n, self.nu, self.alpha, self.mu, self.free = n, nu, alpha, mu.clone(), free.clone()
         self.clamped = torch.zeros_like(free)
         self.shape_step = torch.full_like(nu, torch.inf)
-        # what the last step of the location changed in the likelihood a value, which ν did not see
+        # about what the last step of the location changes in ν, relatively
         self.loc_left = torch.where(free, torch.inf, 0.0).double()
+        # where the score changes its sign, at a settled shape
+        self.low, self.high = torch.full_like(nu, -torch.inf), torch.full_like(nu, torch.inf)
+        self.steps = 0
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def put(self, mu: float, row: int = 0) -> None:
@@ -213,12 +219,19 @@ class _State:
         """Some of the rows."""
         new = _State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
         new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
+        new.low, new.high, new.steps = self.low[rows], self.high[rows], self.steps
         new.last = None if self.last is None else (self.last[0][rows], self.last[1][rows])
         return new
 
+    def round(self) -> None:
+        """Take ν and 1 / α that float32 holds, so that float32 blocks are summed at exactly this point."""
+        self.nu = self.nu.float().double()
+        ordinary = (self.alpha > _NARROW[0]) & (self.alpha < _NARROW[1])
+        self.alpha = torch.where(ordinary, self.alpha.reciprocal().float().double().reciprocal(), self.alpha)
+
     def settled(self, tolerance: float, loc_tolerance: float) -> torch.Tensor:
         """Of each row, whether the last step in ν was relatively below `tolerance`, and that of a location which moves
-        below sqrt(`loc_tolerance` n) standard errors."""
+        below `loc_tolerance` n standard errors."""
         left = torch.where(self.free & (self.nu >= CUSPED), self.loc_left, 0.0)
         return (self.shape_step < tolerance) & (left < loc_tolerance)
 
@@ -239,10 +252,22 @@ class _State:
             measured = (self.last[1] - gradient) / torch.where(change == 0, torch.inf, change)
             secant = (measured > 0.1 * expected) & (measured < 10 * expected)
             curvature = torch.where(secant, measured, expected)
-        move = torch.where(self.free & (self.nu >= CUSPED), gradient / curvature, 0.0)
+        move = self._within(gradient / curvature, gradient)
+        move = torch.where(self.free & (self.nu >= CUSPED), move, 0.0)
         self.last = (self.mu.clone(), gradient)
         self.mu = self.mu + move
-        self.loc_left = (move / error).square() / self.n
+        self.loc_left = (move / error).abs() / self.n
+
+    def _within(self, move: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The step, or half of the bracket's width: secants end slowly where few values make steps of the score."""
+        fresh = self.shape_step > 1e-3
+        low, high = torch.where(fresh, -torch.inf, self.low), torch.where(fresh, torch.inf, self.high)
+        self.low, self.high = torch.where(gradient > 0, self.mu, low), torch.where(gradient < 0, self.mu, high)
+        self.steps += 1
+        closed = self.low.isfinite() & self.high.isfinite()
+        leaves = (self.mu + move <= self.low) | (self.mu + move >= self.high) | (self.steps > 12)
+        half = torch.where(closed, (self.low + self.high) / 2, 0.0) - self.mu
+        return torch.where(closed & leaves, half, move)
 
     def stack(self) -> torch.Tensor:
         """ν, α, μ, clamped; [4, rows]."""
@@ -270,7 +295,7 @@ def _read(
     for wide in (False, True):
         found = []
         for stored in source():
-            narrow = not wide and stored.dtype != torch.float64 and 1e-25 < alpha < 1e25
+            narrow = not wide and stored.dtype != torch.float64 and _NARROW[0] < alpha < _NARROW[1]
             dtype = torch.float32 if narrow else torch.float64
             found.append(_read_block(stored, dtype, nu, alpha, mu, with_score))
         sums = torch.stack(found).to("cpu", torch.float64).sum(0)

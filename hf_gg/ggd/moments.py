@@ -9,7 +9,7 @@ import torch
 from .checks import FitError, check_loc, check_tensor, no_fit_reason
 from .result import GGDFit
 from .scan import SAMPLE, Sums, as_rows, choose_pivot, scan
-from .solve import fit_sums, shifted_absolute
+from .solve import fit_sums, moved_absolute
 
 
 class Moments:
@@ -25,8 +25,8 @@ class Moments:
         higher: also sum third and fourth powers, which `skewness` and `kurtosis` need.
 
     The absolute moment is summed about `loc`, or about a pivot which the first 4096 values choose: 0 if their mean is
-    below 0.05 standard deviations, otherwise that mean. `fit` corrects for the distance of pivot and mean by the
-    fitted distribution's own absolute moments; the correction is of second order in that distance.
+    below 0.02 standard deviations, otherwise that mean. `fit` brings it to the mean by the sum of signs; only the
+    values between pivot and mean are counted by the fitted distribution, a term of second order in their distance.
 
     Raises:
         TypeError: `loc` is not a number. ValueError: `loc` is not finite.
@@ -200,12 +200,14 @@ def _moved(sums: Sums, pivot: torch.Tensor) -> Sums:
     if not bool(shift.any()) or not bool(sums.n.any()):
         return sums if not bool(shift.any()) else Sums.empty(pivot)
     n, s1, s2, s3 = sums.n, sums.first, sums.second, sums.third
+    absolute, signs = moved_absolute(sums, pivot)
     return Sums(
         n=n,
         nonfinite=sums.nonfinite,
         pivot=pivot,
         first=s1 + n * shift,
-        absolute=shifted_absolute(sums, pivot),
+        signs=signs,
+        absolute=absolute,
         second=s2 + 2 * shift * s1 + n * shift**2,
         third=s3 + 3 * shift * s2 + 3 * shift**2 * s1 + n * shift**3,
         fourth=sums.fourth + 4 * shift * s3 + 6 * shift**2 * s2 + 4 * shift**3 * s1 + n * shift**4,

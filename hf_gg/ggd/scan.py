@@ -18,9 +18,14 @@ BLOCK = 1 << 16
 BLOCK_DEVICE = 1 << 25
 # Values that choose the pivot of a long row; its mean is then within about σ/64 of the row's.
 SAMPLE = 4096
+# A mean below this many standard deviations counts as 0 for the pivot.
+_SNAP = 0.02
 # Beyond these magnitudes fourth powers leave float32.
 _SMALL, _LARGE = 1e-9, 1e9
 
+# The sums about the pivot, in the order of `Sums`: of d, its sign, its magnitude, and its powers.
+_SUMMED = ("first", "signs", "absolute", "second", "third", "fourth")
+_POWERS = (lambda d: d, torch.sign, torch.abs, torch.square, lambda d: d.pow(3), lambda d: d.pow(4))
 _thread = threading.local()
 
 
@@ -32,6 +37,7 @@ class Sums:
     nonfinite: torch.Tensor
     pivot: torch.Tensor
     first: torch.Tensor
+    signs: torch.Tensor
     absolute: torch.Tensor
     second: torch.Tensor
     third: torch.Tensor
@@ -49,7 +55,7 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Add sums about the same pivot."""
-        for name in ("n", "nonfinite", "first", "absolute", "second", "third", "fourth"):
+        for name in ("n", "nonfinite", *_SUMMED):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
@@ -128,13 +134,13 @@ def choose_pivot(x: torch.Tensor, snap: bool = False) -> torch.Tensor:
 
     Args:
         x: floating point; NaN and infinities are passed over.
-        snap: give 0 where the mean is small beside the spread, as it is for nearly all weights; sums of several
-            tensors then share their pivot.
+        snap: for rows longer than a sample, give 0 where the mean is small beside the spread, as it is for nearly all
+            weights; sums of several tensors then share their pivot.
     """
     rows, count = x.shape
     if count == 0:
         return torch.zeros(rows, dtype=torch.float64)
-    step = odd_step(count, SAMPLE)
+    step = odd_step(count, SAMPLE) if count > SAMPLE else 1
     pivots = []
     for top in range(0, rows, max(1, BLOCK * step // count)):
         part = x[top : top + max(1, BLOCK * step // count), ::step].detach()
@@ -143,8 +149,8 @@ def choose_pivot(x: torch.Tensor, snap: bool = False) -> torch.Tensor:
         if not bool(mean.isfinite().all()):
             mean = part.masked_fill(~part.isfinite(), torch.nan).nanmean(-1).nan_to_num(0.0)
             part = torch.where(part.isfinite(), part, mean[:, None])
-        if snap:
-            mean = torch.where(mean.square() < 0.0025 * part.var(-1, correction=0), 0.0, mean)
+        if snap and step > 1:
+            mean = torch.where(mean.square() < _SNAP**2 * part.var(-1, correction=0), 0.0, mean)
         pivots.append(mean.cpu())
     pivot = torch.cat(pivots)
     return pivot if x.dtype == torch.float64 else pivot.float().double()
@@ -180,20 +186,21 @@ def _scan_flat(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums | Non
         extremes = torch.aminmax(w)
         if offset:
             w = torch.sub(w, offset, out=d)
-        found += [*extremes, w.sum(), torch.abs(w, out=e).sum()]
+        found += [*extremes, w.sum(), torch.sign(w, out=e).sum(), torch.abs(w, out=e).sum()]
         if higher:
             torch.mul(w, w, out=e)
             found += [e.sum(), torch.dot(e, w), torch.dot(e, e)]
         else:
             found.append(torch.dot(w, w))
-    table = torch.stack(found).to("cpu", torch.float64).view(-1, 7 if higher else 5)
+    table = torch.stack(found).to("cpu", torch.float64).view(-1, 8 if higher else 6)
     values = [table[:, 0].amin(), table[:, 1].amax(), *table[:, 2:].sum(0).unbind()]
     if not higher:
         values += [values[0].new_zeros(())] * 2
-    low, high, first, absolute, second, third, fourth = (v.view(1) for v in values)
-    n = torch.tensor([len(x)], dtype=torch.float64)
-    total = Sums(n, torch.zeros_like(n), pivot, first, absolute, second, third, fourth, low, high)
-    return total if _ordinary(low, high, pivot, dtype) else None
+    total = Sums.empty(pivot)
+    for name, value in zip(("low", "high", *_SUMMED), values):
+        setattr(total, name, value.view(1))
+    total.n += len(x)
+    return total if _ordinary(total.low, total.high, pivot, dtype) else None
 
 
 def _scan_rows(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums | None:
@@ -207,7 +214,8 @@ def _scan_rows(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums | Non
         low, high = w.amin(-1), w.amax(-1)  # aminmax along a dimension is not vectorized
         if offset is not None:
             w = torch.sub(w, offset[part], out=d)
-        values = [low, high, w.sum(-1), torch.abs(w, out=e).sum(-1), torch.mul(w, w, out=e).sum(-1)]
+        values = [low, high, w.sum(-1), torch.sign(w, out=e).sum(-1), torch.abs(w, out=e).sum(-1)]
+        values.append(torch.mul(w, w, out=e).sum(-1))
         if higher:
             values += [torch.mul(e, w, out=d).sum(-1), torch.mul(e, e, out=d).sum(-1)]
         where.append(part)
@@ -217,7 +225,7 @@ def _scan_rows(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums | Non
         table = table.to("cpu", torch.float64)
         total.low[part] = torch.minimum(total.low[part], table[0])
         total.high[part] = torch.maximum(total.high[part], table[1])
-        for name, value in zip(("first", "absolute", "second", "third", "fourth"), table[2:]):
+        for name, value in zip(_SUMMED, table[2:]):
             getattr(total, name)[part] += value
     total.n += x.shape[1]
     return total if _ordinary(total.low, total.high, pivot, dtype) else None
@@ -235,13 +243,13 @@ def _scan_careful(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums:
     """The same for values of any size, in float64, with those that are not finite left out."""
     total = Sums.empty(pivot)
     dtype, device = (torch.float64, x.device) if x.device.type != "mps" else (torch.float64, torch.device("cpu"))
-    names = ("first", "absolute", "second", "third", "fourth")[: 5 if higher else 3]
+    names = _SUMMED[: 6 if higher else 4]
     for part, stored in blocks(x):
         w = stored.to(device).to(dtype)
         finite = w.isfinite()
         d = (w - pivot[part, None].to(device)).masked_fill_(~finite, 0.0)
-        for power, name in zip((1, -1, 2, 3, 4), names):
-            getattr(total, name)[part] += (d.abs() if power < 0 else d.pow(power)).sum(-1).cpu()
+        for function, name in zip(_POWERS, names):
+            getattr(total, name)[part] += function(d).sum(-1).cpu()
         total.n[part] += finite.sum(-1).cpu()
         total.nonfinite[part] += (~finite).sum(-1).cpu()
         total.low[part] = torch.minimum(total.low[part], w.masked_fill(~finite, torch.inf).amin(-1).cpu())

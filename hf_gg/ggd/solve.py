@@ -41,17 +41,16 @@ def solve_moments(sums: Sums, loc: float | None) -> tuple[torch.Tensor, torch.Te
         mean, offset, variance = torch.full_like(shift, loc), torch.zeros_like(shift), second
     else:
         mean, offset, variance = sums.pivot + shift, shift, (second - shift.square()).clamp_min(0)
-    corrected = absolute
+    # E|w - mean| is E|w - pivot|, less offset times the mean sign, more what lies between the two points
+    straight = absolute - offset * sums.signs / sums.n
+    corrected = straight
     for _ in range(6):
         ratio = (variance / corrected.square()).clamp_min(1.0)
         nu = shape_from_ratio(ratio)
         alpha = (variance.log() / 2 - log_moment(nu, 2) / 2).exp()
-        if bool((offset.abs() <= 1e-9 * variance.sqrt()).all()):
+        if bool((offset.abs() <= 1e-7 * variance.sqrt()).all()):
             break
-        zero = torch.zeros_like(offset)
-        excess = absolute_moment_about(offset, alpha, nu) - absolute_moment_about(zero, alpha, nu)
-        # the absolute moment about the mean lies between half of that about anywhere and the standard deviation
-        better = torch.minimum(torch.maximum(absolute - excess, absolute / 4), variance.sqrt())
+        better = torch.minimum(straight + between(offset, alpha, nu), variance.sqrt())
         settled = bool(((better - corrected).abs() <= 1e-12 * corrected).all())
         corrected = better
         if settled:
@@ -59,14 +58,38 @@ def solve_moments(sums: Sums, loc: float | None) -> tuple[torch.Tensor, torch.Te
     return nu, alpha, mean, ratio
 
 
-def shifted_absolute(sums: Sums, pivot: torch.Tensor) -> torch.Tensor:
-    """Σ|w - pivot| of values whose sums are about another pivot, by the distribution that fits them."""
-    mean = sums.pivot + sums.first / sums.n
-    constant = (sums.high <= sums.low) | (sums.n < 2)
-    nu, alpha, _, _ = solve_moments(sums, None)
-    by_model = absolute_moment_about(mean - pivot, alpha, nu)
-    outside = (pivot <= sums.low) | (pivot >= sums.high)  # then nothing needs a model
-    return sums.n * torch.where(constant | outside, (mean - pivot).abs(), by_model)
+def between(offset: torch.Tensor, alpha: torch.Tensor, nu: torch.Tensor) -> torch.Tensor:
+    """2 E max(0, |δ| - |W - μ|) over one side, which E|W| P(2/ν, (|δ| / α)^ν) is, for the fitted distribution."""
+    t = (offset.abs() / alpha).pow(nu)
+    return alpha * log_moment(nu, 1).exp() * torch.special.gammainc(2 / nu, t)
+
+
+def moved_absolute(sums: Sums, pivot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ|w - pivot| and Σ sign(w - pivot) of values whose sums are about another pivot.
+
+    Exact where no value lies between the two pivots; those that do are counted by the distribution that fits the sums.
+    """
+    nu, alpha, mean, _ = solve_moments(sums, None)
+    old, new = sums.pivot - mean, pivot - mean
+    # absolute moments and mean signs of the fitted distribution about both points
+    values = [(absolute_moment_about(x, alpha, nu), -_mean_sign(x, alpha, nu)) for x in (old, new)]
+    move = pivot - sums.pivot
+    inside = values[1][0] - values[0][0] + move * values[0][1]
+    crossed = values[1][1] - values[0][1]
+    empty = (pivot <= sums.low) & (sums.pivot <= sums.low) | (pivot >= sums.high) & (sums.pivot >= sums.high)
+    absolute = sums.absolute - move * sums.signs + torch.where(empty, 0.0, sums.n * inside)
+    signs = sums.signs + torch.where(empty, 0.0, sums.n * crossed)
+    side = torch.where(pivot <= sums.low, 1.0, -1.0)
+    outside = (pivot < sums.low) | (pivot > sums.high)  # then nothing needs a model
+    absolute = torch.where(outside, sums.n * new.abs(), absolute)
+    constant = sums.high <= sums.low
+    signs = torch.where(outside, sums.n * side, torch.where(constant, sums.n * torch.sign(-new), signs))
+    return torch.where(constant, sums.n * new.abs(), absolute), signs
+
+
+def _mean_sign(x: torch.Tensor, alpha: torch.Tensor, nu: torch.Tensor) -> torch.Tensor:
+    """P(W - μ < x) - P(W - μ > x)."""
+    return torch.sign(x) * torch.special.gammainc(nu.reciprocal(), (x.abs() / alpha).pow(nu))
 
 
 def make_fit(
