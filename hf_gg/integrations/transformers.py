@@ -60,8 +60,9 @@ class GGConfig(QuantizationConfigMixin):
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any
             load.
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
-        init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new classification
-            head). Kept in `config.json`; may be given at any load. Without it the model's own initializer draws.
+        init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new
+            classification head). Kept in `config.json`; may be given at any load. Without it the model's own
+            initializer draws.
         format_version: of the checkpoint; set by the library.
 
     Raises:
@@ -406,7 +407,7 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
 
 
 def _guard_initialization(model: nn.Module, skipped: dict[str, str], init: GGInit | None) -> None:
-    """Keep the model's initializers, which run before loading ends, away from codes, and have them draw as `init` says.
+    """Keep the model's initializers, which run before loading ends, away from codes; have them draw as `init` says.
 
     Some initialize the weights of their children by name, codes or not.
     """
