@@ -1,8 +1,8 @@
 """Draws from the generalized Gaussian distribution, into a tensor that is there already.
 
 A generalized Gaussian of shape ν and scale α is a uniform distribution of random width: with G from
-Gamma(1 + 1/ν) and V uniform on [-1, 1), X = α · G^(1/ν) · V. The usual |X| = α · Gamma(1/ν)^(1/ν) needs gamma variates of
-a small shape, which underflow for large ν; here the gamma's shape is never below 1, and the sign comes with V.
+Gamma(1 + 1/ν) and V uniform on [-1, 1), X = α · G^(1/ν) · V. The usual |X| = α · Gamma(1/ν)^(1/ν) needs gamma variates
+of a small shape, which underflow for large ν; here the gamma's shape is never below 1, and the sign comes with V.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def gg_(tensor: torch.Tensor, std: float, shape: float, generator: torch.Generat
 
     The draws come from torch's own generator, a million at a time, in row-major order whatever the strides. In
     float16 and bfloat16 they are drawn in float32 and rounded. Draws of shape 2 in float32 are those of
-    `torch.nn.init.normal_` on a CPU. Nothing becomes infinite: a draw beyond the dtype's largest number is that number.
+    `torch.nn.init.normal_` on a CPU. Nothing becomes infinite: a draw beyond the dtype's largest number becomes that.
 
-    Every process of a DTensor draws the whole of it and keeps its part. So the values are those of one process, replicas
-    are equal, and torch's generators stay in step; for a moment a process holds the whole tensor. The processes of the
-    mesh must call this together. Where their generators differ, that of the mesh's first process is used, and the
-    others are left as they were.
+    Every process of a DTensor draws the whole of it and keeps its part. So the values are those of one process,
+    replicas are equal, and torch's generators stay in step; for a moment a process holds the whole tensor. The
+    processes of the mesh must call this together. Where their generators differ, that of the mesh's first process is
+    used, and the others are left as they were.
 
     Args:
         tensor: float16, bfloat16, float32 or float64, of any shape. On the meta device nothing happens.
@@ -94,7 +94,7 @@ def _fill(flat: torch.Tensor, std: float, shape: float, generator: torch.Generat
 
 
 def _chunks(total: int) -> Iterator[tuple[int, int]]:
-    """Where chunks start and stop. The last one is never tiny: torch draws less than 16 normal numbers in another way."""
+    """Where chunks start and stop. The last is never tiny: torch draws less than 16 normal numbers in another way."""
     start = 0
     while start < total:
         stop = total if total - start < _CHUNK + 16 else start + _CHUNK

@@ -3,9 +3,10 @@
     with gg_init(shape=1.0):
         model = AutoModelForCausalLM.from_config(config)
 
-A model's `_init_weights` decides which parameter is drawn, zeroed or set to one, and with which standard deviation. All
-of its draws go through the table `transformers.initialization.TORCH_INIT_FUNCTIONS`, behind the check that a loaded
-tensor is not touched. Inside the context the entries of that table draw weight matrices from the generalized Gaussian.
+A model's `_init_weights` decides which parameter is drawn, zeroed or set to one, and with which standard deviation.
+All of its draws go through the table `transformers.initialization.TORCH_INIT_FUNCTIONS`, behind the check that a
+loaded tensor is not touched. Inside the context the entries of that table draw weight matrices from the generalized
+Gaussian.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ _wanted: contextvars.ContextVar[GGInit | None] = contextvars.ContextVar("hf_gg_i
 _module: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("hf_gg_init_module", default=None)
 
 
-@contextmanager
-def gg_init(shape: float = 2.0, std: str | float = "model", gain: str | float = "linear") -> Iterator[GGInit]:
+def gg_init(
+    shape: float = 2.0, std: str | float = "model", gain: str | float = "linear"
+) -> AbstractContextManager[GGInit | None]:
     """Within this context Transformers draws new weight matrices from a generalized Gaussian.
 
     `from_config` draws all of them, `from_pretrained` those that the checkpoint has not (a new classification head, a
@@ -47,11 +49,10 @@ def gg_init(shape: float = 2.0, std: str | float = "model", gain: str | float = 
         shape, std, gain: see `GGInit`.
 
     Raises:
-        ValueError: a value out of range; in the context, `std="fan_in"` or `"fan_out"` and a parameter of a layout that
-            is not known.
+        ValueError: a value out of range; in the context, `std="fan_in"` or `"fan_out"` and a parameter whose layout is
+            not known.
     """
-    with drawing(GGInit(shape, std, gain)) as init:
-        yield init
+    return drawing(GGInit(shape, std, gain))
 
 
 @contextmanager
@@ -73,11 +74,11 @@ def gg_init_(
 ) -> nn.Module:
     """Initialize a model anew, in place, its weight matrices with generalized Gaussian draws.
 
-    A Transformers model runs its own initializer on all parameters, loaded ones too: norms, biases and buffers get what
-    it gives them. Of plain torch modules only the matrices are redrawn, see `hf_gg.training.initialization.gg_init_`;
-    a part of a Transformers model that has no `_init_weights`, such as one layer, counts as plain. Tied weights stay
-    tied. On the meta device nothing happens: call this after `to_empty`. The processes of a sharded model must call
-    this together.
+    A Transformers model runs its own initializer on all parameters, loaded ones too: norms, biases and buffers get
+    what it gives them. Of plain torch modules only the matrices are redrawn, see
+    `hf_gg.training.initialization.gg_init_`; a part of a Transformers model that has no `_init_weights`, such as one
+    layer, counts as plain. Tied weights stay tied. On the meta device nothing happens: call this after `to_empty`. The
+    processes of a sharded model must call this together.
 
     Args:
         model: a Transformers model, or a module of others, which may hold one.
@@ -87,8 +88,8 @@ def gg_init_(
         The model.
 
     Raises:
-        ValueError: a value out of range, a parameter whose standard deviation is not known (it is named), a model that is
-            partly on the meta device.
+        ValueError: a value out of range, a parameter whose standard deviation is not known (it is named), a model that
+            is partly on the meta device.
         TypeError: a matrix that is not floating point, as in a quantized model. Nothing is drawn then.
     """
     init = GGInit(shape, std, gain)
@@ -219,7 +220,7 @@ def _owner(parameter: torch.Tensor) -> tuple[str, nn.Module | None]:
 
 
 def _initialize_weights(original: Callable) -> Callable:
-    """`PreTrainedModel._initialize_weights` that notes the module, and zeroes the padding row of sharded embeddings."""
+    """`PreTrainedModel._initialize_weights` that notes the module and zeroes the padding row of sharded embeddings."""
 
     @functools.wraps(original)
     def wrapper(self, module, *args, **kwargs):
@@ -241,9 +242,9 @@ def _initialize_weights(original: Callable) -> Callable:
 def _init_added_rows(original: Callable) -> Callable:
     """`PreTrainedModel._init_added_embeddings_weights_with_mean`: new rows near the mean of the old ones.
 
-    Transformers draws them from a normal distribution with a billionth of the old rows' covariance, so that the model's
-    output hardly changes. Here every column keeps that standard deviation with `std="model"`; else it is the one asked
-    for. The centre is the mean of the old rows in any case.
+    Transformers draws them from a normal distribution with a billionth of the old rows' covariance, so that the
+    model's output hardly changes. Here every column keeps that standard deviation with `std="model"`; else it is the
+    one asked for. The centre is the mean of the old rows in any case.
     """
 
     @functools.wraps(original)
@@ -268,7 +269,8 @@ class _Patches:
     """Transformers' functions are exchanged while a context is open in any thread; in others they do what they did."""
 
     def __init__(self) -> None:
-        self._lock, self._open, self._originals = threading.Lock(), 0, []
+        self._lock, self._open = threading.Lock(), 0
+        self._originals: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
         with self._lock:
@@ -286,10 +288,11 @@ class _Patches:
         from transformers import PreTrainedModel
         from transformers.initialization import TORCH_INIT_FUNCTIONS
 
+        table: dict[str, Any] = TORCH_INIT_FUNCTIONS
         for name, deviation in _DEVIATIONS.items():
-            original = TORCH_INIT_FUNCTIONS[name]
-            TORCH_INIT_FUNCTIONS[name] = _drawn_by(original, deviation)
-            self._originals.append(functools.partial(TORCH_INIT_FUNCTIONS.__setitem__, name, original))
+            original = table[name]
+            table[name] = _drawn_by(original, deviation)
+            self._originals.append(functools.partial(table.__setitem__, name, original))
         for name, wrap in (
             ("_initialize_weights", _initialize_weights),
             ("_init_added_embeddings_weights_with_mean", _init_added_rows),

@@ -71,8 +71,9 @@ class GGConfig(QuantizationConfigMixin):
         backend: `"auto"`, `"torch"`, `"cpu"` or `"triton"`. Not a property of the checkpoint: may be given at any
             load.
         dequantize: when loading a quantized checkpoint, give the plain model in full precision.
-        init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new classification
-            head). Kept in `config.json`; may be given at any load. Without it the model's own initializer draws.
+        init: a `GGInit`, or its keys as a dict: how weights are drawn that the checkpoint has not (a new
+            classification head). Kept in `config.json`; may be given at any load. Without it the model's own
+            initializer draws.
         coding: how codes are saved: `"none"` (default), one byte each, or entropy-coded by `"rans"` or `"eg0"`
             (exp-Golomb codes), and decoded while loading. A checkpoint keeps its coding when it is loaded and saved
             again, unless a config given at load, or `model.config.quantization_config.coding`, says otherwise.
@@ -511,7 +512,7 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
 
 
 def _guard_initialization(model: nn.Module, skipped: dict[str, str], init: GGInit | None) -> None:
-    """Keep the model's initializers, which run before loading ends, away from codes, and have them draw as `init` says.
+    """Keep the model's initializers, which run before loading ends, away from codes; have them draw as `init` says.
 
     Some initialize the weights of their children by name, codes or not.
     """

@@ -1,9 +1,9 @@
 """Initialization of weight matrices with generalized Gaussian draws.
 
-The reference draws every parameter with standard deviation sqrt(ξ / n), ξ = 1 for linear layers and sigmoid, 2 for ReLU,
-2 / (1 + k²) for leaky ReLU of slope k, and n the first dimension, which for `nn.Linear` is the fan-out. Here ξ = gain², n
-is the fan-in or the fan-out of the layer at hand, or the standard deviation is the one that the architecture's own
-initializer gives and only the shape changes.
+The reference draws every parameter with standard deviation sqrt(ξ / n), ξ = 1 for linear layers and sigmoid, 2 for
+ReLU, 2 / (1 + k²) for leaky ReLU of slope k, and n the first dimension, which for `nn.Linear` is the fan-out. Here
+ξ = gain², n is the fan-in or the fan-out of the layer at hand, or the standard deviation is the one that the
+architecture's own initializer gives and only the shape changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,9 +88,9 @@ def gg_init_(
     """Redraw the weight matrices of a model of plain torch modules, in place.
 
     Biases, norms and everything else of one dimension stay as they are, and so do buffers. The row of an embedding's
-    `padding_idx` becomes zero. Tied weights are one parameter and are drawn once. Parameters of a model that is wholly
-    on the meta device are left alone: call this again when the model has memory (`to_empty` gives it, with whatever was
-    there in the biases: call `reset_parameters` of the modules first).
+    `padding_idx` becomes zero. Tied weights are one parameter and are drawn once. A model that is wholly on the meta
+    device is left alone: call this again when it has memory (`to_empty` gives it, with whatever was there in the
+    biases: call `reset_parameters` of the modules first).
 
     Args:
         model: any module; for Transformers models use `hf_gg.gg_init_`, which knows their own initializers.
@@ -129,8 +129,8 @@ def check_matrices(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]
     for name, _, parameter in targets:
         if not parameter.is_floating_point() or parameter.element_size() == 1:
             raise TypeError(
-                f"{name} is {parameter.dtype}: only weights of 16 bits or more can be drawn. Call `model.dequantize()` "
-                "on a quantized model, or initialize the modules that you mean."
+                f"{name} is {parameter.dtype}: only weights of 16 bits or more can be drawn. Call "
+                "`model.dequantize()` on a quantized model, or initialize the modules that you mean."
             )
     absent = [name for name, _, parameter in targets if parameter.is_meta]
     if absent and len(absent) < len(targets):
@@ -151,7 +151,7 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
 
 
 def is_matrix(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix, and no vector, also none with dimensions of size 1 in front, as a class token."""
+    """Whether a parameter is a matrix: no vector, also none with dimensions of size 1 in front, as a class token."""
     return parameter.ndim == 2 or sum(size > 1 for size in parameter.shape) >= 2
 
 
@@ -160,8 +160,8 @@ def fans(module: nn.Module | None, parameter: torch.Tensor, name: str = "") -> t
 
     An embedding [rows, width] counts as the output layer that it may be tied to: fan-in is its width. Convolutions
     count the taps of their kernel and the channels of one group, a stride is not taken into account. Experts are
-    [experts, out, in], or [experts, in, out] where the module says `is_transposed`; other parameters are [out, in], also
-    with dimensions of size 1 in front.
+    [experts, out, in], or [experts, in, out] where the module says `is_transposed`; other parameters are [out, in],
+    also with dimensions of size 1 in front.
 
     Args:
         module: that owns the parameter; None if it is not known.
@@ -179,8 +179,9 @@ def fans(module: nn.Module | None, parameter: torch.Tensor, name: str = "") -> t
         return shape[1] * taps, shape[0] // module.groups * taps
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return shape[0], shape[1]
-    if len(shape) == 3 and name in _EXPERTS and hasattr(module, "is_transposed"):
-        return shape[1:] if module.is_transposed else shape[:0:-1]  # type: ignore[return-value]
+    transposed = getattr(module, "is_transposed", None)
+    if len(shape) == 3 and name in _EXPERTS and transposed is not None:
+        return (shape[1], shape[2]) if transposed else (shape[2], shape[1])
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     return (shape[1], shape[0]) if len(shape) == 2 else None
@@ -188,26 +189,19 @@ def fans(module: nn.Module | None, parameter: torch.Tensor, name: str = "") -> t
 
 def zero_padding_(module: nn.Module) -> None:
     """Zero the row of an embedding's `padding_idx`, as its own initializer does."""
-    row = getattr(module, "padding_idx", None)
-    if row is None or not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.weight.is_meta:
+    row, weight = getattr(module, "padding_idx", None), cast("Any", getattr(module, "weight", None))
+    if row is None or not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or weight.is_meta:
         return
-    weight = module.weight
     if not hasattr(weight, "placements"):
         weight[row].zero_()
         return
     # a row of a DTensor is a copy
     keep = torch.ones(weight.shape[0], 1, dtype=weight.dtype, device=weight.to_local().device)
     keep[row] = 0
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
-    rows = [p if getattr(p, "dim", None) == 0 else _replicated() for p in weight.placements]
+    rows = [placement if getattr(placement, "dim", None) == 0 else Replicate() for placement in weight.placements]
     weight.to_local().mul_(distribute_tensor(keep, weight.device_mesh, rows, src_data_rank=None).to_local())
-
-
-def _replicated():
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
 
 
 def deviation(init: GGInit, name: str, module: nn.Module, parameter: torch.Tensor) -> float:
@@ -256,7 +250,7 @@ def own_deviation(module: nn.Module, name: str, parameter: torch.Tensor) -> floa
         return math.sqrt(2 / sum(parameter.shape)) if name.endswith("_weight") else None
     if name != "weight":
         return None
-    # `kaiming_uniform_` with slope sqrt(5) is uniform within 1 / sqrt(fan-in), its fan-in the second dimension with taps
+    # `kaiming_uniform_` with slope sqrt(5) is uniform within 1 / sqrt(fan-in), the second dimension with its taps
     taps = 1 if isinstance(module, nn.Bilinear) else math.prod(parameter.shape[2:])
     return 1 / math.sqrt(max(3 * parameter.shape[1] * taps, 1))
 

@@ -17,11 +17,12 @@ the same initial weights, bit for bit, are one run. `report.py` makes the plot a
 
 import csv
 import hashlib
+import json
 import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> Path:
     train, held_out = windows(study)
     results = Path(training.output_dir) / "curves.csv"
     results.parent.mkdir(parents=True, exist_ok=True)
+    check_settings(results.with_name("settings.json"), study, training)
     for seed in study.seeds:
         for name in study.models:
             for arm in study.arms:
@@ -79,8 +81,8 @@ def main(arguments: list[str] | None = None) -> Path:
                     new = [{**key, **row, "init": init} for row in train_once(model, training, seed, train, held_out)]
                 append_rows(results, new)
                 last = new[-1]
-                same = f" (the same as {twin[0]['arm']})" if twin else ""
-                print(f"{name} {arm} seed {seed}: eval loss {float(last['eval_loss']):.4f}, {last['seconds']} s{same}")
+                also = f" (the same as {twin[0]['arm']})" if twin else ""
+                print(f"{name} {arm} seed {seed}: eval loss {float(last['eval_loss']):.4f}, {last['seconds']} s{also}")
     return results
 
 
@@ -110,6 +112,27 @@ def read_arguments(arguments: list[str]) -> tuple[StudyArguments, tf.TrainingArg
     training.save_strategy = tf.trainer_utils.SaveStrategy.NO
     training.disable_tqdm, training.eval_on_start, training.use_cpu = True, True, not torch.cuda.is_available()
     return study, training
+
+
+def check_settings(path: Path, study: StudyArguments, training: tf.TrainingArguments) -> None:
+    """Write what all runs in a folder have in common, or compare with what stands there.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+    common = {key: value for key, value in asdict(study).items() if key not in ("models", "arms", "seeds")}
+    for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps"):
+        common[key] = getattr(training, key)
+    for key in ("weight_decay", "max_grad_norm", "gradient_accumulation_steps", "eval_steps"):
+        common[key] = getattr(training, key)
+    common = json.loads(json.dumps(common))
+    if not path.exists():
+        path.write_text(json.dumps(common, indent=2) + "\n")
+    elif (found := json.loads(path.read_text())) != common:
+        other = [key for key in common if found.get(key) != common[key]]
+        raise ValueError(
+            f"{path.parent} holds results of other settings ({', '.join(other)}): give another output_dir."
+        )
 
 
 def windows(study: StudyArguments) -> tuple[list[dict], list[dict]]:

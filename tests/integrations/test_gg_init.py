@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,7 +360,7 @@ def test_deviations_of_torchs_initializers(initializer, arguments, size):
 def test_bad_values(arguments):
     model, functions = new("llama"), dict(TORCH_INIT_FUNCTIONS)
     before = values(model)
-    for make in (lambda: gg_init(**arguments).__enter__(), lambda: gg_init_(model, **arguments)):
+    for make in (lambda: gg_init(**arguments), lambda: gg_init_(model, **arguments)):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             make()
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
@@ -370,7 +372,7 @@ def test_bad_values(arguments):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_place(family):
-    """The same law as in the context, everything else as the model's initializer sets it, whatever was there before."""
+    """The law as in the context, all else as the model's initializer sets it, whatever was there before."""
     fresh = new(family)
     expected, deviations = values(fresh), own_deviations(family)
     model = new(family)
@@ -490,3 +492,14 @@ def test_bad_configs():
     ):
         with pytest.raises(ValueError, match=message):
             GGConfig(init=init)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_examples_of_the_documentation(llama):
+    text = (Path(__file__).parents[2] / "docs/initialization.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {"folder": llama}
+        exec(snippet, names)
+        assert isinstance(names["model"], tf.PreTrainedModel)

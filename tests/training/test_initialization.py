@@ -80,7 +80,7 @@ def test_fans(name, shape):
 
 
 def test_fan_in_keeps_the_variance_of_a_signal():
-    """What the fan is for: outputs of unit variance for inputs of unit variance, also where torch's own fan is wrong."""
+    """What the fan is for: outputs of unit variance for inputs of unit variance, also where torch's own fan is off."""
     x = {1: torch.randn(64, 40, 50), 2: torch.randn(16, 40, 20, 20)}
     for module, inputs in (
         (nn.Conv1d(40, 80, 5, groups=4, bias=False), x[1]),
