@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch.distributions import Distribution, constraints
@@ -17,8 +19,8 @@ class GeneralizedGaussian(Distribution):
 
         GeneralizedGaussian(loc=0.0, scale=0.02, shape=1.2).log_prob(weights)
 
-    Values and gradients in every parameter are accurate for shapes from 0.05 to 8 and beyond. Incomplete gamma functions
-    are computed in float64 whatever the dtype of the parameters; bfloat16 and float16 are computed in float32.
+    Values and gradients in every parameter are accurate for shapes from 0.05 to 8 and beyond. Incomplete gamma
+    functions are computed in float64 whatever the dtype of the parameters; bfloat16 and float16 in float32.
 
     Args:
         loc: μ, number or tensor.
@@ -31,7 +33,11 @@ class GeneralizedGaussian(Distribution):
         TypeError: a parameter that is an integer, boolean or complex tensor.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive, "shape": constraints.positive}
+    arg_constraints: ClassVar = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+        "shape": constraints.positive,
+    }
     support = constraints.real
     has_rsample = True
 
@@ -49,6 +55,11 @@ class GeneralizedGaussian(Distribution):
                 )
         self.loc, self.scale, self.shape = broadcast_all(loc, scale, shape)
         super().__init__(self.loc.shape, validate_args=validate_args)
+        if self._validate_args:
+            for name in self.arg_constraints:
+                value = getattr(self, name)
+                if not bool(value.isfinite().all()):
+                    raise ValueError(f"{name} must be finite, got {value[~value.isfinite()].flatten()[:3].tolist()}.")
 
     def expand(self, batch_shape, _instance=None) -> GeneralizedGaussian:
         """The same distribution with another batch shape."""
@@ -115,12 +126,12 @@ class GeneralizedGaussian(Distribution):
         """The x with P(X > x) = `value`; for small probabilities, which 1 - `value` would round away."""
         return 2 * self.loc - self.icdf(value)
 
-    def rsample(self, sample_shape=torch.Size()) -> torch.Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Draws, with implicit gradients in the parameters.
 
         A uniform number in (-T, T), T^ν drawn from a gamma distribution of shape 1 + 1/ν, has the density wanted.
         """
-        size = self._extended_shape(sample_shape)
+        size = self._extended_shape(torch.Size(sample_shape))
         shape = _wide(self.shape).expand(size)
         with torch.no_grad():
             reach = torch._standard_gamma(1 + shape.reciprocal()).pow(shape.reciprocal())

@@ -1,9 +1,9 @@
 """Kullback-Leibler divergence of two generalized Gaussians.
 
-KL(p‖q) = ln(ν_p α_q Γ(1/ν_q)) - ln(ν_q α_p Γ(1/ν_p)) - 1/ν_p + E_p[(|X - μ_q| / α_q)^ν_q]. At equal locations the last
-term is (α_p/α_q)^ν_q Γ((ν_q + 1)/ν_p) / Γ(1/ν_p). Otherwise it is integrated by the double exponential rule (tanh-sinh,
-Takahasi & Mori 1974), which keeps its accuracy at the cusps of density and power, in two parts: from p's location to
-q's, and from there on.
+KL(p‖q) = ln(ν_p α_q Γ(1/ν_q)) - ln(ν_q α_p Γ(1/ν_p)) - 1/ν_p + E_p[(|X - μ_q| / α_q)^ν_q]. At equal locations the
+last term is (α_p/α_q)^ν_q Γ((ν_q + 1)/ν_p) / Γ(1/ν_p). Otherwise it is integrated by the double exponential rule
+(tanh-sinh, Takahasi & Mori 1974), which keeps its accuracy at the cusps of density and power, in two parts: from p's
+location to q's, and from there on.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ has a cusp at every value and its maximum is one of them; `location.py` finds it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -31,6 +31,9 @@ CUSPED = 1.1
 _ORDERS = 5
 _MAX_READINGS = 30
 _MAX_STEPS = 100
+_CONVERGED = 1e-9
+# scales whose powers float32 holds
+_NARROW = (1e-25, 1e25)
 # stands for the logarithm of zero where it is multiplied by zero
 _LOG_MIN = -1e3
 _INVERSE_FACTORIALS = (1.0, 1.0, 0.5, 1 / 6, 1 / 24)
@@ -43,6 +46,8 @@ def fit_likelihood(rows: list[torch.Tensor], good: list[int], sums: Sums, loc: f
     """
     state = torch.empty(4, len(good), dtype=torch.float64)  # ν, α, μ, and 1 where the shape is clamped
     wanted, first, start = set(good), 0, 0
+    long: list[_Row] = []
+    columns: list[int] = []
     for x in rows:
         own = [i - start for i in range(start, start + len(x)) if i in wanted]
         start += len(x)
@@ -51,10 +56,12 @@ def fit_likelihood(rows: list[torch.Tensor], good: list[int], sums: Sums, loc: f
         if not own:
             continue
         if x.shape[1] > _SAMPLE:
-            for column, i in zip(range(part.start, part.stop), own):
-                state[:, column] = _fit_long(_Row(x[i]), int(sums.n[column]), loc)
+            long += [_Row(x[i]) for i in own]
+            columns += range(part.start, part.stop)
         else:
             state[:, part] = _fit_short(x[torch.tensor(own, device=x.device)], loc)
+    if long:
+        state[:, torch.tensor(columns)] = _fit_long(long, sums.n[torch.tensor(columns)], loc)
     return _result(state, sums.n, loc)
 
 
@@ -65,7 +72,7 @@ def fit_likelihood_stream(chunks: Callable[[], Iterable[torch.Tensor]], count: i
     if count <= _SAMPLE:
         state = _fit_short(torch.cat([c.double() for c in source()])[None], loc)
     else:
-        state = _fit_long(source, count, loc)[:, None]
+        state = _fit_long([source], n, loc)
     return _result(state, n, loc)
 
 
@@ -109,25 +116,51 @@ class _Stream:
         return torch.cat(parts)
 
 
-def _fit_long(source: _Row | _Stream, n: int, loc: float | None) -> torch.Tensor:
-    """ν, α, μ and whether ν is clamped, [4]."""
-    sample = source.sample(_SAMPLE)
-    if float(sample.min()) < float(sample.max()):
-        start = _solve_block(sample[None], loc, locate=False)
-    else:  # nearly all values are equal, for instance zeros
-        mu = float(sample[0]) if loc is None else loc
-        total = sum(float((block.double() - mu).abs().sum()) for block in source())
-        start = torch.tensor([[SHAPE_MIN], [total / n], [mu], [0.0]], dtype=torch.float64)
-    count = torch.tensor([n], dtype=torch.float64)
-    state = _State(count, start[0], start[1], start[2], free=torch.tensor([loc is None]))
-    for _ in range(_MAX_READINGS):
-        if bool((state.free & (state.nu < CUSPED)).any()) and state.settled(0.05, 0.1):
-            state.put(cusp_location(source, float(state.nu), source.sample(_MEDIAN_SAMPLE)))
-        table, score = _read(source, float(state.nu), float(state.alpha), float(state.mu), bool(state.free))
-        state.step(table[:, None], score[None])
-        if state.settled(0.02, 0.1) and bool((state.nu >= CUSPED) | ~state.free):
+def _fit_long(sources: Sequence[_Row | _Stream], n: torch.Tensor, loc: float | None) -> torch.Tensor:
+    """ν, α, μ and whether ν is clamped of each source, [4, sources]; `n` are their counts."""
+    start = _start_long(sources, loc)
+    result = torch.empty_like(start)
+    state = _State(n, start[0], start[1], start[2], torch.full((len(sources),), loc is None))
+    left = torch.arange(len(sources))
+    for reading in range(_MAX_READINGS):
+        state.round()
+        sums = []
+        for row, i in enumerate(left.tolist()):
+            if bool(state.free[row] & (state.nu[row] < CUSPED) & ((state.shape_step[row] < 0.05) | (reading == 0))):
+                sample = sources[i].sample(_MEDIAN_SAMPLE)
+                state.put(cusp_location(sources[i], float(state.nu[row]), sample), row)
+            nu, alpha, mu = float(state.nu[row]), float(state.alpha[row]), float(state.mu[row])
+            sums.append(_read(sources[i], nu, alpha, mu, bool(state.free[row])))
+        state.step(torch.stack([table for table, _ in sums], dim=1), torch.stack([score for _, score in sums]))
+        result[:, left] = state.stack()
+        going = ~(state.settled(0.02, 3e-7) & ((state.nu >= CUSPED) | ~state.free))
+        if not bool(going.any()):
             break
-    return state.stack()[:, 0]
+        left, state = left[going], state.take(going)
+    return result
+
+
+def _start_long(sources: Sequence[_Row | _Stream], loc: float | None) -> torch.Tensor:
+    """The fits of samples, a few percent from those of all values; the same rows as `_fit_long`."""
+    start = torch.zeros(4, len(sources), dtype=torch.float64)
+    group: list[int] = []
+    samples: list[torch.Tensor] = []
+    for i, source in enumerate(sources):
+        sample = source.sample(_SAMPLE)
+        if float(sample.min()) < float(sample.max()):
+            group.append(i)
+            samples.append(sample)
+        else:  # nearly all values are equal, for instance zeros
+            mu = float(sample[0]) if loc is None else loc
+            total = sum(float((block.double() - mu).abs().sum()) for block in source())
+            count = sum(len(block) for block in source())
+            start[:, i] = torch.tensor([SHAPE_MIN, total / count, mu, 0.0])
+        if group and (len(group) == BLOCK // _SAMPLE or i == len(sources) - 1):
+            size = min(len(s) for s in samples)
+            stacked = torch.stack([s[:size] for s in samples])
+            start[:, torch.tensor(group)] = _solve_block(stacked, loc, locate=False, tolerance=1e-3)
+            group, samples = [], []
+    return start
 
 
 def _fit_short(x: torch.Tensor, loc: float | None) -> torch.Tensor:
@@ -136,8 +169,10 @@ def _fit_short(x: torch.Tensor, loc: float | None) -> torch.Tensor:
     return torch.cat([_solve_block(part.cpu().double(), loc) for part in x.split(group)], dim=1)
 
 
-def _solve_block(w: torch.Tensor, loc: float | None, locate: bool = True) -> torch.Tensor:
-    """ν, α, μ and whether ν is clamped of each row of float64 [rows, values], to convergence."""
+def _solve_block(
+    w: torch.Tensor, loc: float | None, locate: bool = True, tolerance: float = _CONVERGED
+) -> torch.Tensor:
+    """ν, α, μ and whether ν is clamped of each row of float64 [rows, values]; ends with a step in ν of `tolerance`."""
     rows, n = w.shape
     mu = w.median(-1).values if loc is None else torch.full((rows,), float(loc), dtype=torch.float64)
     d = w - mu[:, None]
@@ -147,7 +182,7 @@ def _solve_block(w: torch.Tensor, loc: float | None, locate: bool = True) -> tor
     for _ in range(2):
         for _ in range(_MAX_STEPS):
             state.step(*_power_sums(w, state.nu, state.alpha, state.mu))
-            if state.settled(1e-9, 1e-6):
+            if bool(state.settled(tolerance, 1e-3 * tolerance).all()):
                 break
         cusped = (state.free & (state.nu < CUSPED)).nonzero().flatten().tolist() if locate else []
         if not cusped:
@@ -166,7 +201,7 @@ class _State:
         self.n, self.nu, self.alpha, self.mu, self.free = n, nu, alpha, mu.clone(), free.clone()
         self.clamped = torch.zeros_like(free)
         self.shape_step = torch.full_like(nu, torch.inf)
-        # what is left of the location's error, in standard errors
+        # about what the last step of the location changes in ν, relatively
         self.loc_left = torch.where(free, torch.inf, 0.0).double()
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -177,11 +212,24 @@ class _State:
         self.loc_left[row] = 0.0
         self.shape_step[row] = torch.inf
 
-    def settled(self, tolerance: float, loc_tolerance: float) -> bool:
-        """Whether the last step in ν was relatively below `tolerance`, and the locations that move are off by less
-        than `loc_tolerance` standard errors."""
+    def take(self, rows: torch.Tensor) -> _State:
+        """Some of the rows."""
+        new = _State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
+        new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
+        new.last = None if self.last is None else (self.last[0][rows], self.last[1][rows])
+        return new
+
+    def round(self) -> None:
+        """Take ν and 1 / α that float32 holds, so that float32 blocks are summed at exactly this point."""
+        self.nu = self.nu.float().double()
+        ordinary = (self.alpha > _NARROW[0]) & (self.alpha < _NARROW[1])
+        self.alpha = torch.where(ordinary, self.alpha.reciprocal().float().double().reciprocal(), self.alpha)
+
+    def settled(self, tolerance: float, loc_tolerance: float) -> torch.Tensor:
+        """Of each row, whether the last step in ν was relatively below `tolerance`, and that of a location which moves
+        below `loc_tolerance` n standard errors."""
         left = torch.where(self.free & (self.nu >= CUSPED), self.loc_left, 0.0)
-        return bool(((self.shape_step < tolerance) & (left < loc_tolerance)).all())
+        return (self.shape_step < tolerance) & (left < loc_tolerance)
 
     def step(self, table: torch.Tensor, score: torch.Tensor) -> None:
         """Move by S and its derivatives [5, rows], of |d| / `alpha`, and by the score Σ sign(d) |d|^(ν-1) [rows]."""
@@ -194,7 +242,7 @@ class _State:
         self.shape_step = (self.nu - old).abs() / old
         error = likelihood_errors(self.nu, self.alpha, self.n)[0]
         expected = error.square().reciprocal()
-        curvature, secant = expected, torch.zeros_like(self.free)
+        curvature = expected
         if self.last is not None:
             change = self.mu - self.last[0]
             measured = (self.last[1] - gradient) / torch.where(change == 0, torch.inf, change)
@@ -203,7 +251,7 @@ class _State:
         move = torch.where(self.free & (self.nu >= CUSPED), gradient / curvature, 0.0)
         self.last = (self.mu.clone(), gradient)
         self.mu = self.mu + move
-        self.loc_left = move.abs() / error * torch.where(secant, 0.1, 1.0)
+        self.loc_left = (move / error).abs() / self.n
 
     def stack(self) -> torch.Tensor:
         """ν, α, μ, clamped; [4, rows]."""
@@ -231,7 +279,7 @@ def _read(
     for wide in (False, True):
         found = []
         for stored in source():
-            narrow = not wide and stored.dtype != torch.float64 and 1e-25 < alpha < 1e25
+            narrow = not wide and stored.dtype != torch.float64 and _NARROW[0] < alpha < _NARROW[1]
             dtype = torch.float32 if narrow else torch.float64
             found.append(_read_block(stored, dtype, nu, alpha, mu, with_score))
         sums = torch.stack(found).to("cpu", torch.float64).sum(0)
@@ -257,9 +305,8 @@ def _read_block(
     sums = [power.sum()]
     score = power.new_zeros(())
     if with_score:
-        tiny = torch.finfo(dtype).tiny
         # z^ν / 0 is 0 here, as ν > 1
-        score = torch.div(power, torch.where(d == 0, tiny, d)).sum() * alpha
+        score = torch.div(power, d.add_(torch.finfo(dtype).tiny), out=d).sum() * alpha
     power.mul_(log)
     sums += [power.sum(), torch.dot(power, log)]
     power.mul_(log)

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from .scan import BLOCK
+
 
 # Values farther than this from the middle of an interval of half-width 1 enter its polynomial.
 _FAR = 6.0
 # Near values that are all tried.
 _FEW = 512
-_GRID = 9
-_PICKS = 16
+# Candidates of an interval: evenly spread ones, and values of the data (a value that many share is likely among them).
+_MANY = (5, 4)
+_FINE = (9, 16)
 _CLOSER = 4.0
 
 
@@ -43,9 +46,9 @@ def cusp_location(source: Callable[[], Iterator[torch.Tensor]], nu: float, sampl
         return center
     near, far = [], np.zeros(5)
     for block in source():
-        z = (block.double() - center).div_(half)
+        z = (block if block.dtype == torch.float64 else block.float()).sub(center).div_(half)
         inside = z.abs() <= _FAR
-        near.append(z[inside].cpu())
+        near.append((block[inside].cpu().double() - center) / half)
         far += _far_polynomial(z[~inside], nu)
     return center + half * _search(torch.cat(near), far, nu)
 
@@ -58,7 +61,8 @@ def _search(near: torch.Tensor, far: np.ndarray, nu: float) -> float:
         if len(values) <= _FEW:
             break
         inside = near[near.abs() <= 1]
-        candidates = torch.cat([torch.linspace(-1, 1, _GRID).double(), inside[:: max(1, len(inside) // _PICKS)]])
+        grid, picks = _MANY if len(near) > 64 * _FEW else _FINE
+        candidates = torch.cat([torch.linspace(-1, 1, grid).double(), inside[:: max(1, len(inside) // picks)]])
         best = float(candidates[int(_cost(candidates, near, None, far, nu).argmin())])
         origin += best * width
         width /= _CLOSER
@@ -82,9 +86,11 @@ def _cost(
 ) -> torch.Tensor:
     """Σ|z - u|^ν up to a constant for each candidate u."""
     total = torch.from_numpy(np.polynomial.polynomial.polyval(candidates.numpy(), far))
-    for i, u in enumerate(candidates):
-        powers = (near - u).abs_().log_().mul_(nu).exp_()
-        total[i] += powers.sum() if counts is None else torch.dot(powers, counts.double())
+    values = near.float() if len(near) > 64 * _FEW else near  # many: their interval is still wide
+    for part, share in zip(values.split(BLOCK), (counts if counts is not None else values).split(BLOCK)):
+        for i, u in enumerate(candidates.tolist()):
+            powers = (part - u).abs_().log_().mul_(nu).exp_()
+            total[i] += powers.sum() if counts is None else torch.dot(powers, share.double())
     return total
 
 
