@@ -1,8 +1,9 @@
-"""`hf-gg inspect` on real models, from a hub on loopback, on damaged and odd checkpoints, and how much memory it takes."""
+"""`hf-gg inspect` on real models, from a hub on loopback, on damaged and odd checkpoints, and its memory."""
 
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -244,7 +245,14 @@ def test_hub_name(tmp_path):
     index = {"weight_map": {f"layers.{number}.fc.weight": name for number, name in enumerate(names)}}
 
     def command(hub, *arguments, **more):
-        environment = {**os.environ, **HUB, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **more}
+        environment = {
+            **os.environ,
+            **HUB,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            **more,
+        }
         return subprocess.run(
             [sys.executable, "-m", "hf_gg", "inspect", *arguments],
             env=environment,
@@ -263,7 +271,7 @@ def test_hub_name(tmp_path):
             "pytorch_model.bin": b"never asked for",
         }
         run = command(hub, "user/model", "--json", HF_HUB_OFFLINE="0")
-        assert run.returncode == 0, run.stderr
+        assert run.returncode == 0 and run.stderr == "", run.stderr
         found = strict(run.stdout)
         assert found["files"] == names and all(t["fit"] for t in found["tensors"])
         assert not any("pytorch_model" in path for _, path in hub.requests)
@@ -372,10 +380,12 @@ def test_progress_only_on_a_terminal(tmp_path, terminal):
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0 and run.stderr == ""
         return
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    os.set_blocking(master, False)
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave)
+    seen = os.read(master, 10_000)  # before the other end is closed, which may throw away what was not read
     os.close(slave)
-    seen = os.read(master, 10_000)
     os.close(master)
     assert run.returncode == 0 and b"%" in seen
