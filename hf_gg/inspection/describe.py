@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..ggd import FitError, GGDFit, Moments, fit
-from .distance import count_outside, grid_entropy, kolmogorov_smirnov
+from .distance import count_outside, grid_entropy, kolmogorov_smirnov, position
 
 
 # Fewer values say nothing about a shape.
@@ -19,7 +19,7 @@ _FEWEST = 16
 _SMALL, _LARGE = 1e-75, 1e75
 # Edges of the histogram, in standard deviations from the mean.
 BINS = np.linspace(-12.0, 12.0, 241)
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def why_no_fit(ordered: np.ndarray) -> str | None:
     n = len(ordered)
     if n == 0:
         return "empty"
-    first_nan = int(np.searchsorted(ordered, np.inf, side="right"))
+    first_nan = int(position(ordered, np.inf, "right"))
     nans = n - first_nan
-    infinite = first_nan - int(np.searchsorted(ordered, np.inf)) + int(np.searchsorted(ordered, -np.inf, side="right"))
+    infinite = first_nan - int(position(ordered, np.inf)) + int(position(ordered, -np.inf, "right"))
     if nans or infinite:
         found = [f"{count:,} {what}" for count, what in ((nans, "NaN"), (infinite, "infinite")) if count]
         return f"{' and '.join(found)} of {n:,} values"
@@ -178,8 +178,8 @@ def _measure(
     low, high = mean - outlier_at * std, mean + outlier_at * std
     loc = float(mle.loc)
     beyond = law.cdf(torch.tensor([low, 2 * loc - high], dtype=torch.float64))  # the upper tail by symmetry
-    zeros = np.searchsorted(ordered, 0, side="right") - np.searchsorted(ordered, 0, side="left")
-    edges = np.searchsorted(ordered, (mean + std * BINS).astype(ordered.dtype))
+    zeros = position(ordered, 0, "right") - position(ordered, 0)
+    edges = position(ordered, mean + std * BINS)
     return Statistics(
         mean=mean,
         std=std,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def grid_entropy(ordered: np.ndarray, step: float) -> float:
         level = round(float(ordered[start]) / step)
         last = round(float(ordered[-1]) / step)
         edges = (level + 0.5 + np.arange(min(_LEVELS, last - level + 1))) * step
-        ends = np.searchsorted(ordered, edges.astype(ordered.dtype), side="right")
+        ends = position(ordered, edges, "right")
         counts.append(np.diff(ends, prepend=start))
         # rounding an edge to the sample's precision must not stop the walk
         start = max(int(ends[-1]), start + 1)
@@ -74,6 +75,12 @@ def grid_entropy(ordered: np.ndarray, step: float) -> float:
 
 def count_outside(ordered: np.ndarray, low: float, high: float) -> int:
     """How many values are below `low` or above `high`."""
-    below = np.searchsorted(ordered, ordered.dtype.type(low), side="left")
-    above = len(ordered) - np.searchsorted(ordered, ordered.dtype.type(high), side="right")
-    return int(below + above)
+    return int(position(ordered, low, "left") + len(ordered) - position(ordered, high, "right"))
+
+
+def position(ordered: np.ndarray, value, side: Literal["left", "right"] = "left") -> np.ndarray:
+    """Where `value` (a number or an array) belongs in a sorted sample.
+
+    NumPy would make a float64 copy of a float32 sample to compare it with float64 numbers.
+    """
+    return np.searchsorted(ordered, np.asarray(value, dtype=ordered.dtype), side=side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import sys
 from pathlib import Path
 
 
@@ -132,8 +133,16 @@ def _from_hub(model: str, revision: str | None, file: str | None) -> tuple[Path,
     if chosen[0].endswith(".index.json"):
         base, _, suffix = chosen[0].removesuffix(".index.json").rpartition(".")
         wanted = [*chosen, *(name for name in names if fnmatch.fnmatch(name, f"{base}-*-of-*.{suffix}"))]
-    commit = info.sha or revision
-    return Path(snapshot_download(model, revision=commit, allow_patterns=["config.json", *wanted])), chosen
+
+    class Bar(utils.tqdm):
+        """A progress bar where standard error is a terminal."""
+
+        def __init__(self, *args, **kwargs):
+            kwargs["disable"] = kwargs.get("disable") or not sys.stderr.isatty()
+            super().__init__(*args, **kwargs)
+
+    folder = snapshot_download(model, revision=revision, allow_patterns=["config.json", *wanted], tqdm_class=Bar)
+    return Path(folder), chosen
 
 
 def _from_cache(model: str, revision: str | None, file: str | None, where: str) -> tuple[Path, list[str]]:
