@@ -254,8 +254,11 @@ EXPORT void hf_gg_rans_encode(const uint32_t *table, int64_t bits, const uint8_t
 /* --- exp-Golomb --- */
 
 static uint64_t load_big_endian(const uint8_t *p) {
-  uint64_t value = 0;
-  for (int i = 0; i < 8; i++) value = value << 8 | p[i];
+  uint64_t value;
+  memcpy(&value, p, sizeof value);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  value = __builtin_bswap64(value);
+#endif
   return value;
 }
 
