@@ -145,8 +145,10 @@ def test_requantizing_keeps_steps_and_replaces_outliers():
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     weight[3, 5], weight[0, 0] = 0.5, 3.0
     module.requantize_(weight)
-    assert module.weight_outlier_index.tolist() == [0, 3 * 64 + 6, 47 * 64 + 63]
-    assert torch.equal(module.weight_scale[1:3], steps[1:3])
+    # row 3 has lost what was most of it, so its step is finer now
+    assert module.weight_outlier_index.tolist() == [0, 3 * 64 + 5, 3 * 64 + 6, 47 * 64 + 63]
+    assert module.weight_scale[3] < steps[3] / 2
+    assert torch.equal(module.weight_scale[:3], steps[:3])
     assert float((module.dequantize() - weight).abs().max()) <= float(module.weight_scale.max()) / 2 * 1.001
     module.requantize_(weight.clamp(-0.1, 0.1))
     assert module.weight_outlier_index is None
