@@ -124,15 +124,16 @@ def entropy_bits(codes: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum()) * codes.numel()
 
 
-def residual_float(name: str) -> Method:
-    """RF8 or a variant, its codes at their entropy."""
+def residual_float(name: str, coded: bool) -> Method:
+    """RF8 or a variant, its codes at their entropy, or at 8 bits as they are in memory."""
     from hf_gg.formats import get_format
 
     fmt = get_format(name)
 
     def run(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         codes, scale = fmt.quantize(weight)
-        return fmt.decode(codes) * scale, entropy_bits(codes) + 32 * scale.numel()
+        bits = entropy_bits(codes) if coded else 8.0 * codes.numel()
+        return fmt.decode(codes) * scale, bits + 32 * scale.numel()
 
     return per_tensor(run)
 
@@ -179,7 +180,8 @@ def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
     for name, make in PEERS.items():
         found[name] = (name.rsplit(" ", 1)[0], lambda make=make: per_tensor(make()))
     for name in ("rf8", "rf8x"):
-        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name))
+        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name, True))
+        found[f"{name}, 8-bit codes"] = (name, lambda name=name: residual_float(name, False))
     for sensitivity in ("self", "weights"):
         for bits in GRID_BITS:
             name = f"grid ({sensitivity}) {bits:g}"

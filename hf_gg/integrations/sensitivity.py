@@ -145,14 +145,14 @@ def _inputs(model, sequences: int, length: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def write_texts(model, sequences: int, length: int, device=None) -> torch.Tensor:
-    """Texts drawn from a model's own predictions after its first token, int64 [sequences, length].
+    """Texts drawn from a model's own predictions after its first token (or random ones), int64 [sequences, length].
 
     Nothing but the predictions counts: no temperature, no top-k, no end of a text before its length.
     """
     config = model.config.get_text_config()
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, (list, tuple)) else first
-    if first is None:
+    if first is None or not 0 <= first < config.vocab_size:
         tokens = torch.randint(config.vocab_size, (sequences, 1)).to(device)
     else:
         tokens = torch.full((sequences, 1), first, dtype=torch.long, device=device)
