@@ -57,12 +57,12 @@ def test_causal_lm_against_all_texts():
         gradients = torch.autograd.grad(log_p, list(parameters.values()))
         for name, gradient in zip(parameters, gradients):
             exact[name] += log_p.exp().detach() * gradient.square()
-    found = row_sensitivity(model, parameters, sequences=300, length=length, seed=1)
+    found = row_sensitivity(model, parameters, sequences=500, length=length, seed=1)
     for name, fisher in exact.items():
         rows = fisher.mean(1, keepdim=True) / (2 * length)
         expected = 0.8 * rows + 0.2 * rows.mean()
         assert found[name].shape == expected.shape and found[name].dtype == torch.float32
-        assert float((found[name] - expected).norm() / expected.norm()) < 0.25, name
+        assert float((found[name] - expected).norm() / expected.norm()) < 0.3, name
         assert float(found[name].mean() / expected.mean()) == pytest.approx(1, abs=0.15), name
 
 
