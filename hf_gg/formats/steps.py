@@ -168,7 +168,7 @@ def check_given(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     """Steps for a weight that has changed: the ones that it had, but for rows that became much larger or smaller.
 
-    A row whose root mean square changed by more than a factor of 2 gets a step that changed as much; one that was all
+    A row whose mean magnitude changed by more than a factor of 2 gets a step that changed as much; one that was all
     zeros has no step worth keeping, and gets the median of the others in proportion to its size.
 
     Args:
@@ -182,7 +182,8 @@ def kept_steps(steps: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
     Raises:
         ValueError: NaN or infinity in the new weight.
     """
-    old, new = _root_mean_squares(before, "row"), _root_mean_squares(after, "row")
+    # not root mean squares, which outliers rule
+    old, new = (_mean_magnitudes(weight) for weight in (before, after))
     if not bool(torch.isfinite(new).all()):
         raise ValueError(NOT_FINITE)
     known = old > 0
@@ -225,6 +226,12 @@ def _root_mean_squares(weight: torch.Tensor, per: str) -> torch.Tensor:
     if per == "tensor":
         squares = squares.mean().expand(squares.shape)
     return squares.sqrt().float()
+
+
+def _mean_magnitudes(weight: torch.Tensor) -> torch.Tensor:
+    """Of each row, float32 [..., rows, 1]."""
+    sums = torch.linalg.vector_norm(weight, ord=1, dim=-1, keepdim=True, dtype=torch.float64)
+    return (sums / max(weight.shape[-1], 1)).float()
 
 
 def _relative_steps(rms: torch.Tensor, factor: float) -> torch.Tensor:

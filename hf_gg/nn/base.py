@@ -109,6 +109,9 @@ def outliers_of(module: nn.Module, name: str) -> tuple[nn.Parameter, nn.Paramete
 def set_outliers(module: nn.Module, name: str, outliers: tuple[torch.Tensor, torch.Tensor] | None) -> None:
     """Give a parameter of codes its list of outliers; also in the modules that share the codes (see `share_`)."""
     for suffix, tensor in zip(OUTLIERS, outliers or (None, None)):
+        if tensor is None and not isinstance(module, QuantizedWeight):
+            module._parameters.pop(f"{name}{suffix}", None)  # whoever cuts experts does so with every parameter
+            continue
         parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         module.register_parameter(f"{name}{suffix}", parameter)
     share_outliers(module, name)

@@ -38,7 +38,7 @@ class RF8Experts(nn.Module):
     Attributes:
         quantized_names: the parameters that hold codes, uint8 [experts, out, in] ([experts, in, out] in transposed
             models); `<name>_scale` is float32 [experts, out, 1] ([experts, 1, out]). `<name>_outlier_index` and
-            `<name>_outlier_value` are as in QuantizedWeight.
+            `<name>_outlier_value` are as in QuantizedWeight, and absent where there are none.
         format: the weight format.
         backend: the operators' backend.
     """
@@ -108,7 +108,7 @@ class RF8Experts(nn.Module):
         for name in self.quantized_names:
             self._parameters[name] = nn.Parameter(self.dequantize(name, dtype))
             for suffix in ("_scale", *OUTLIERS):
-                del self._parameters[f"{name}{suffix}"]
+                self._parameters.pop(f"{name}{suffix}", None)
         for attribute in ("format", "backend", "quantized_names", "scale_mode", "rounding"):
             delattr(self, attribute)
         self.__class__ = _base_class(self)

@@ -199,7 +199,7 @@ def test_quantizing_again_changes_nothing():
     new[3] = torch.randn(300) * 0.02
     kept = kept_steps(steps, old, new)
     assert torch.equal(kept[[1, 2, *range(4, 40)]], steps[[1, 2, *range(4, 40)]])
-    assert math.isclose(float(kept[0] / steps[0]), float(new[0].norm() / old[0].norm()), rel_tol=1e-5)
+    assert math.isclose(float(kept[0] / steps[0]), float(new[0].abs().mean() / old[0].abs().mean()), rel_tol=1e-5)
     assert 0.0005 < kept[3] < 0.01
     assert kept_steps(steps, torch.zeros(40, 300), new) is None
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -258,9 +258,9 @@ def test_bad_arguments():
         GRID.quantize(weight, reduce=lambda x, how: x)
     with pytest.raises(TypeError, match="encode needs a floating point"):
         GRID.encode(torch.tensor([1]))
+    codes = torch.zeros(2, 4, dtype=torch.uint8)
+    codes[1, 1] = 0x80
     with pytest.raises(ValueError, match=r"up\.weight: code 0x80 at flat index 5 is a negative zero"):
-        codes = torch.zeros(2, 4, dtype=torch.uint8)
-        codes[1, 1] = 0x80
         GRID.validate(codes, "up.weight")
     GRID.validate(torch.tensor([c for c in range(256) if c != 0x80], dtype=torch.uint8))
 
@@ -271,5 +271,5 @@ def test_a_sample_is_mended_on_the_whole(monkeypatch):
     weight = torch.randn(400, 1024)
     weight[::2] *= 1.15
     monkeypatch.setattr(module, "_SAMPLE", 512)
-    codes, steps = GRID.quantize(weight, StepRule("tensor", bits=5.0))
+    codes = GRID.quantize(weight, StepRule("tensor", bits=5.0))[0]
     assert abs(bits_a_weight(codes, 400, 0) - 5) < 0.02
