@@ -36,6 +36,19 @@ PACKAGES = (
     "safetensors numpy scipy ruff pytest hypothesis matplotlib tqdm"
 ).split()
 GRID_BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+PLOT = Path(__file__).parents[1] / "docs" / "images" / "rate_quality.png"
+# Labels in the plot: text, offset in points, side. Methods that lie on one another share one.
+LABELS = {
+    "HQQ 3": ("HQQ 3", 8, 0, "left"),
+    "HQQ 4": ("HQQ 4", 8, -3, "left"),
+    "HQQ 8": ("HQQ 8", 8, 0, "left"),
+    "bitsandbytes nf4": ("nf4", 8, 3, "left"),
+    "torchao int4": ("int4, qint4", 0, 12, "left"),
+    "quanto qfloat8": ("qfloat8", 9, -2, "left"),
+    "bitsandbytes int8": ("int8, qint8", 9, 0, "left"),
+    "rf8, entropy-coded": ("rf8, coded", 0, 15, "center"),
+    "rf8, 8-bit codes": ("rf8, 8 bits", 0, 15, "center"),
+}
 BLOCK = 64  # positions that are resampled together for the intervals
 FIELDS = (
     "text method family bits kl kl_low kl_high flips flips_low flips_high perplexity_ratio snr_db windows positions "
@@ -124,15 +137,16 @@ def entropy_bits(codes: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum()) * codes.numel()
 
 
-def residual_float(name: str) -> Method:
-    """RF8 or a variant, its codes at their entropy."""
+def residual_float(name: str, coded: bool) -> Method:
+    """RF8 or a variant, its codes at their entropy, or at 8 bits as they are in memory."""
     from hf_gg.formats import get_format
 
     fmt = get_format(name)
 
     def run(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         codes, scale = fmt.quantize(weight)
-        return fmt.decode(codes) * scale, entropy_bits(codes) + 32 * scale.numel()
+        bits = entropy_bits(codes) if coded else 8.0 * codes.numel()
+        return fmt.decode(codes) * scale, bits + 32 * scale.numel()
 
     return per_tensor(run)
 
@@ -179,7 +193,8 @@ def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
     for name, make in PEERS.items():
         found[name] = (name.rsplit(" ", 1)[0], lambda make=make: per_tensor(make()))
     for name in ("rf8", "rf8x"):
-        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name))
+        found[f"{name}, entropy-coded"] = (name, lambda name=name: residual_float(name, True))
+        found[f"{name}, 8-bit codes"] = (name, lambda name=name: residual_float(name, False))
     for sensitivity in ("self", "weights"):
         for bits in GRID_BITS:
             name = f"grid ({sensitivity}) {bits:g}"
@@ -263,13 +278,123 @@ def measure(path: Path, names: list[str], windows: int, length: int) -> None:
                 model.get_submodule(module).weight.data = weight
 
 
+STYLES = {  # colour, marker; the categories that belong together share a colour
+    "grid (self)": ("#0b6e4f", "o"),
+    "grid (weights)": ("#6cb98f", "o"),
+    "rf8": ("#c0392b", "D"),
+    "rf8x": ("#e67e22", "D"),
+    "bitsandbytes": ("#2d5fa6", "s"),
+    "torchao": ("#7d4ea3", "^"),
+    "quanto": ("#555555", "v"),
+    "HQQ": ("#1f9bbf", "P"),
+}
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draws the file: KL on both texts, flips and the loss of perplexity on the harder one, against bits a weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read(source)
+    panels = (
+        ("packages", "kl", "KL divergence from float32, nats", "package descriptions"),
+        ("speeches", "kl", "KL divergence from float32, nats", "State of the Union"),
+        ("packages", "flips", "flipped top-1 tokens, %", "package descriptions"),
+        ("speeches", "perplexity", "change of perplexity, %", "State of the Union"),
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.4), sharex=True)
+    for axis, (text, what, label, title) in zip(axes.flat, panels):
+        for family, (colour, marker) in STYLES.items():
+            found = [r for r in rows if r["text"] == text and r["family"] == family]
+            found.sort(key=lambda r: float(r["bits"]))
+            bits = [float(r["bits"]) for r in found]
+            if what == "perplexity":
+                values = [max(100 * (float(r["perplexity_ratio"]) - 1), 0.03) for r in found]
+                errors = None
+            else:
+                factor = 100 if what == "flips" else 1
+                values = [factor * float(r[what]) for r in found]
+                errors = [
+                    [v - factor * float(r[f"{what}_low"]) for v, r in zip(values, found)],
+                    [factor * float(r[f"{what}_high"]) - v for v, r in zip(values, found)],
+                ]
+            axis.errorbar(
+                bits,
+                values,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=1.6,
+                linestyle="-" if family.startswith("grid") else "none",
+                elinewidth=0.9,
+                capsize=2,
+                label=family,
+            )
+            for r, x, y in zip(found, bits, values):
+                if what == "kl" and r["method"] in LABELS:
+                    words, right, up, side = LABELS[r["method"]]
+                    axis.annotate(
+                        words,
+                        (x, y),
+                        textcoords="offset points",
+                        xytext=(right, up),
+                        ha=side,
+                        va="center",
+                        fontsize=8,
+                        color=colour,
+                    )
+        axis.set_yscale("log")
+        axis.set_title(f"{label} ({title})", fontsize=10.5, loc="left")
+        axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(1.8, 9.5)
+    for axis in axes[1]:
+        axis.set_xlabel("bits a weight, everything counted")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=8, frameon=False, fontsize=9, columnspacing=1.2)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+
+
+def table(source: Path) -> str:
+    """The file as a Markdown table, both texts side by side."""
+    rows = read(source)
+    by_method: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["text"]] = row
+    lines = [
+        "| weights | bits | SNR, dB | KL, packages (90%) | flips | perplexity | KL, speeches | flips | perplexity |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, texts in sorted(by_method.items(), key=lambda item: float(item[1][TEXTS[0]]["bits"])):
+        hard, easy = (texts[text] for text in TEXTS)
+        cells = [name, f"{float(hard['bits']):.2f}", f"{float(hard['snr_db']):.1f}"]
+        for row in (hard, easy):
+            kl = f"{float(row['kl']):.4f}"
+            if row is hard:
+                kl += f" ({float(row['kl_low']):.4f}–{float(row['kl_high']):.4f})"
+            cells += [kl, f"{100 * float(row['flips']):.1f}%", f"{100 * float(row['perplexity_ratio']) - 100:+.2f}%"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=[], help="names of rows (default: all)")
     parser.add_argument("--windows", type=int, default=4, help="windows of each text")
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")
     parser.add_argument("--out", type=Path, default=RESULTS / "rate_quality.csv")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot, and print the table")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.out, PLOT)
+        print(table(args.out))
+        return
     measure(args.out, args.methods, args.windows, args.length)
 
 

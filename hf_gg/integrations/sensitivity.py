@@ -16,6 +16,7 @@ Only means over rows are kept, and only one weight has a gradient at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,8 @@ def row_sensitivity(
     if sequences < 1 or length < 2:
         raise ValueError(f"sequences and length must be at least 1 and 2, got {sequences} and {length}.")
     if any(p.is_meta for p in model.parameters()):
-        return _refused(model, "parts of it are not in memory")
+        _refuse(model, "parts of it are not in memory")
+        return None
     training = model.training
     required = {id(p): (p, p.requires_grad) for p in model.parameters()}
     sums = {name: torch.zeros(_shape(p, name in turned), dtype=torch.float64) for name, p in parameters.items()}
@@ -81,7 +83,8 @@ def row_sensitivity(
                 if progress is not None:
                     progress(i + 1, sequences)
     except _RUN_ERRORS as error:
-        return _refused(model, f"{type(error).__name__}: {error}")
+        _refuse(model, f"{type(error).__name__}: {error}")
+        return None
     finally:
         for handle in handles:
             handle.remove()
@@ -94,7 +97,8 @@ def row_sensitivity(
     for name, total in sums.items():
         mean = total / (2 * sequences * length)
         if not bool(torch.isfinite(mean).all()):
-            return _refused(model, f"the gradient of {name} is not finite")
+            _refuse(model, f"the gradient of {name} is not finite")
+            return None
         tensor = mean.mean(-2, keepdim=True)
         found[name] = ((1 - _SHRINK) * mean + _SHRINK * tensor).float()
     return found
@@ -145,18 +149,19 @@ def _inputs(model, sequences: int, length: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def write_texts(model, sequences: int, length: int, device=None) -> torch.Tensor:
-    """Texts drawn from a model's own predictions after its first token, int64 [sequences, length].
+    """Texts drawn from a model's own predictions after its first token (or random ones), int64 [sequences, length].
 
     Nothing but the predictions counts: no temperature, no top-k, no end of a text before its length.
     """
     config = model.config.get_text_config()
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, (list, tuple)) else first
-    if first is None:
+    if first is None or not 0 <= first < config.vocab_size:
         tokens = torch.randint(config.vocab_size, (sequences, 1)).to(device)
     else:
         tokens = torch.full((sequences, 1), first, dtype=torch.long, device=device)
-    past, new = None, tokens
+    past: Any = None
+    new = tokens
     while tokens.shape[1] < length:
         output = model(input_ids=new, past_key_values=past, use_cache=True)
         past = getattr(output, "past_key_values", None)
@@ -186,9 +191,8 @@ def _objective(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (output * torch.randn(output.shape).to(output.device)).sum() * scale
 
 
-def _refused(model: nn.Module, reason: str) -> None:
+def _refuse(model: nn.Module, reason: str) -> None:
     logger.warning(
         f"{type(model).__name__} cannot be run to find out which weights matter ({reason}): bits are given by the "
         "weights alone."
     )
-    return None
