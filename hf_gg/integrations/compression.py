@@ -15,8 +15,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .. import coding
 from ..nn.base import OUTLIERS
-from .header import read_header
 from .folders import copy_others, weight_files
+from .header import read_header
 from .lossless import GridFiles, StoredTensor
 from .report import quantization_report
 from .selection import code_parameters

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..coding.levels import decode_levels, encode_levels, is_levels, nearest_levels
-from .header import read_header
 from .coded import FLOATS
+from .header import read_header
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,8 @@ def _objective(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     if output is None:
         raise ValueError("no output depends on its weights")
     output = output.float()
-    tokens = inputs["input_ids"].shape[1]
-    scale = (tokens / output.detach().square().sum().clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    length = inputs["input_ids"].shape[1]
+    scale = (length / output.detach().square().sum().clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
     return (output * torch.randn(output.shape).to(output.device)).sum() * scale
 
 
