@@ -25,7 +25,7 @@ class Moments:
         higher: also sum third and fourth powers, which `skewness` and `kurtosis` need.
 
     The absolute moment is summed about `loc`, or about a pivot which the first 4096 values choose: 0 if their mean is
-    below 0.02 standard deviations, otherwise that mean. `fit` brings it to the mean by the sum of signs; only the
+    below 0.05 standard deviations, otherwise that mean. `fit` brings it to the mean by the sum of signs; only the
     values between pivot and mean are counted by the fitted distribution, a term of second order in their distance.
 
     Raises:

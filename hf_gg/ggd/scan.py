@@ -19,7 +19,7 @@ BLOCK_DEVICE = 1 << 25
 # Values that choose the pivot of a long row; its mean is then within about σ/64 of the row's.
 SAMPLE = 4096
 # A mean below this many standard deviations counts as 0 for the pivot.
-_SNAP = 0.02
+_SNAP = 0.05
 # Beyond these magnitudes fourth powers leave float32.
 _SMALL, _LARGE = 1e-9, 1e9
 
