@@ -148,7 +148,9 @@ class GGConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
         items = super().to_dict().items()
-        return {k: v for k, v in items if not k.startswith("_") and not (k in _TARGETS and v is None)}
+        # what is not used stays away, so that earlier releases read the checkpoint
+        unused = {key: None for key in _TARGETS} | {"coding": "none"}
+        return {k: v for k, v in items if not k.startswith("_") and not (k in unused and v == unused[k])}
 
     def scale_rule(self) -> str | StepRule:
         """The scale mode, or for a grid the rule of its steps."""
