@@ -171,11 +171,13 @@ class GGConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What is written into `config.json`: the properties of the checkpoint."""
         values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
-        unused = [key for key in _TARGETS if values[key] is None]
-        unused += [] if self.weight_format == "grid" else ["sensitivity"]
-        init = values.pop("init")
-        values = {key: value for key, value in values.items() if key not in unused}
-        return values if init is None else values | {"init": dataclasses.asdict(init)}
+        # what is not used stays away, so that earlier releases read the checkpoint
+        unused = {key: None for key in (*_TARGETS, "init")} | {"coding": "none"}
+        if self.weight_format != "grid":
+            del values["sensitivity"]
+        if self.init is not None:
+            values["init"] = dataclasses.asdict(self.init)
+        return {key: value for key, value in values.items() if key not in unused or value != unused[key]}
 
     def scale_rule(self) -> str | StepRule:
         """The scale mode, or for a grid the rule of its steps."""

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def coding_in(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]["coding"]
+    return json.loads((folder / "config.json").read_text())["quantization_config"].get("coding", "none")
 
 
 def coded_names(folder: Path) -> set[str]:
