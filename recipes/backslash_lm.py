@@ -3,8 +3,8 @@
     python recipes/backslash_lm.py                                  # what backslash_lm.yaml says
     python recipes/backslash_lm.py --max_steps 300 --backslash 0.1  # other values
 
-Model: a small Llama, from scratch. Data: State of the Union addresses, the last ones held out; byte-level BPE trained on
-the others. The metric is the perplexity of a token. See `backslash_study.py` for methods and measures.
+Model: a small Llama, from scratch. Data: State of the Union addresses, the last ones held out; byte-level BPE trained
+on the others. The metric is the perplexity of a token. See `backslash_study.py` for methods and measures.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from hf_gg.training.selection import select_matrices
 
 
 COLUMNS = ("method", "value", "seed", "grid", "pruned", "bits", "zeros", "metric", "shape", "seconds")
+METHODS = ("backslash", "l1", "l2", "decay", "reference")
 COLORS = {
     "plain": "#444444",
     "prune": "#999999",
@@ -45,6 +46,7 @@ COLORS = {
 
 @dataclass
 class StudyArguments:
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "those beside plain to run"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of data order and new weights"})
     backslash: list[float] = field(default_factory=list, metadata={"help": "λ of the decoupled form"})
     l1: list[float] = field(default_factory=list, metadata={"help": "λ with ν = 1"})
@@ -79,6 +81,9 @@ def read_arguments(
         raise ValueError(f"{file}: unknown key {', '.join(sorted(unknown))}.")
     parser.set_defaults(**values)
     study, training, _ = parser.parse_args_into_dataclasses(arguments)
+    for method in study.methods:
+        if method not in METHODS:
+            raise ValueError(f"methods: {method!r} is none of {', '.join(METHODS)}.")
     if training.max_steps < 1:
         raise ValueError("max_steps must be given: methods are compared after as many steps.")
     training.report_to, training.dataloader_pin_memory, training.disable_tqdm = [], False, True
@@ -90,7 +95,7 @@ def plan(study: StudyArguments) -> Iterator[tuple[int, str, float]]:
     """Seed, method and strength of every run; the plain one first."""
     for seed in study.seeds:
         yield seed, "plain", 0.0
-        for method in ("backslash", "l1", "l2", "decay", "reference"):
+        for method in study.methods:
             for value in getattr(study, method):
                 yield seed, method, value
 
@@ -280,28 +285,20 @@ def table(rows: list[dict[str, str]], study: StudyArguments, better: str) -> str
     """Fewest bits of each method within the tolerance, and what pruning does to each model."""
     plain, limit = limit_of(rows, study, better)
     found, sign = points(rows), 1 if better == "higher" else -1
-    lines = [
-        f"plain training: {plain:.4f}; allowed: {limit:.4f}",
-        "",
-        "| method | strength | grid | bits | metric | seeds | zeros |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [f"plain training: {plain:.4f}; allowed: {limit:.4f}", ""]
+    lines += ["| method | strength | grid | bits | metric | seeds | zeros |", "|---|---|---|---|---|---|---|"]
     for method in COLORS:
         good = [p for p in found if p.method == method and p.grid and sign * (p.metric - limit) >= 0]
         if good:
             p = min(good, key=lambda p: p.bits)
             span = f"{p.low:.4f}–{p.high:.4f}"
-            lines.append(
-                f"| {method} | {p.value:g} | {p.grid:g} | {p.bits:.2f} | {p.metric:.4f} | {span} | {p.zeros:.0%} |"
-            )
+            cells = (method, f"{p.value:g}", f"{p.grid:g}", f"{p.bits:.2f}", f"{p.metric:.4f}", span, f"{p.zeros:.0%}")
+            lines.append(f"| {' | '.join(cells)} |")
         elif any(p.method == method for p in found):
             lines.append(f"| {method} | – | – | – | – | – | – |")
     head = "".join(f" −{share:.0%} |" for share in study.prunes)
-    lines += [
-        "",
-        f"| method | strength | zeros | as trained |{head}",
-        "|---|---|---|---|" + "---|" * len(study.prunes),
-    ]
+    lines += ["", f"| method | strength | zeros | as trained |{head}"]
+    lines.append("|---|---|---|---|" + "---|" * len(study.prunes))
     for p in sorted(found, key=lambda p: (list(COLORS).index(p.method), p.value)):
         if p.grid == 0 and p.method != "prune":
             cells = []
