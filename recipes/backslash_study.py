@@ -56,7 +56,7 @@ class StudyArguments:
     grids: list[float] = field(default_factory=lambda: [2**-5], metadata={"help": "steps of the uniform grids"})
     prunes: list[float] = field(default_factory=lambda: [0.5, 0.8], metadata={"help": "shares of smallest weights"})
     warmup: float = field(default=0.1, metadata={"help": "share of the training in which λ rises"})
-    off: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
+    cooldown: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
     eps: float = field(default=0.1, metadata={"help": "ε of the decoupled form"})
     every: int = field(default=20, metadata={"help": "steps between two estimates of ν"})
     tolerance: float = field(default=0.01, metadata={"help": "what may be lost: points of accuracy, or a share"})
@@ -78,7 +78,7 @@ def read_arguments(
     values = yaml.safe_load(file.read_text())
     unknown = values.keys() - {action.dest for action in parser._actions}
     if unknown:
-        raise ValueError(f"{file}: unknown key {', '.join(sorted(unknown))}.")
+        raise ValueError(f"{file}: unknown key {', '.join(map(str, unknown))}.")
     parser.set_defaults(**values)
     study, training, _ = parser.parse_args_into_dataclasses(arguments)
     for method in study.methods:
@@ -211,7 +211,7 @@ def _with(training: tf.TrainingArguments, method: str, value: float, seed: int) 
 def _callbacks(study: StudyArguments, method: str, value: float) -> list[tf.TrainerCallback]:
     if method in ("plain", "decay"):
         return []
-    schedule = {"every": study.every, "warmup": study.warmup, "off": study.off}
+    schedule = {"every": study.every, "warmup": study.warmup, "cooldown": study.cooldown}
     if method == "reference":
         return [BackSlashCallback(value, form="reference", **schedule)]
     shape = {"backslash": None, "l1": 1.0, "l2": 2.0}[method]
