@@ -116,7 +116,7 @@ def test_support_is_held_in_the_last_part(tmp_path, hold):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append(zeros(model))
 
-    trained(tmp_path, [BackSlashCallback(0.7, cooldown=0.5, hold_support=hold), Watch()])
+    trained(tmp_path, [BackSlashCallback(1.2, cooldown=0.5, hold_support=hold), Watch()])
     assert 0.2 < seen[4] < 0.98
     if hold:
         assert all(x >= seen[4] for x in seen[5:]) and seen[9] <= seen[4] + 0.01
