@@ -31,18 +31,12 @@ def launch(mode: str, folder: Path, output: str, world: int, how: str = "torchru
         "accelerate.commands.launch",
         "--cpu",
         "--multi_cpu",
-        f"--num_processes={world}",
     ]
     accelerate += [f"--num_processes={world}", f"--main_process_port={port}", "--num_machines=1"]
     accelerate += ["--mixed_precision=no", "--dynamo_backend=no"]
     command = {"alone": alone, "torchrun": torchrun, "accelerate": accelerate}[how if world > 1 else "alone"]
     settings = {"OMP_NUM_THREADS": "1", "SHAPE": shape, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | settings
-        "OMP_NUM_THREADS": "1",
-        "SHAPE": shape,
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     path = folder / output
     arguments = [*command, str(WORKER), mode, str(folder / "model"), str(path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
