@@ -50,19 +50,13 @@ def main(arguments: list[str] | None = None) -> Path:
 
     batches = [tf.DataCollatorWithPadding(pad)(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64)]
 
+    truth = torch.tensor([row["labels"] for row in test_rows])
+
     def accuracy(model: torch.nn.Module) -> float:
         model.eval()
         with torch.inference_mode():
-            right = sum(
-                int(
-                    (
-                        model(**{k: v.to(model.device) for k, v in batch.items()}).logits.argmax(-1).cpu()
-                        == batch["labels"]
-                    ).sum()
-                )
-                for batch in batches
-            )
-        return right / len(test_rows)
+            logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
+        return float((logits.argmax(-1) == truth).double().mean())
 
     return run(study, training, train, accuracy, "higher")
 

@@ -32,6 +32,7 @@ from hf_gg.training.selection import select_matrices
 
 
 COLUMNS = ("method", "value", "seed", "grid", "pruned", "bits", "zeros", "metric", "shape", "seconds")
+METHODS = ("backslash", "l1", "l2", "decay", "reference")
 COLORS = {
     "plain": "#444444",
     "prune": "#999999",
@@ -45,6 +46,7 @@ COLORS = {
 
 @dataclass
 class StudyArguments:
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "those beside plain to run"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of data order and new weights"})
     backslash: list[float] = field(default_factory=list, metadata={"help": "λ of the decoupled form"})
     l1: list[float] = field(default_factory=list, metadata={"help": "λ with ν = 1"})
@@ -54,7 +56,7 @@ class StudyArguments:
     grids: list[float] = field(default_factory=lambda: [2**-5], metadata={"help": "steps of the uniform grids"})
     prunes: list[float] = field(default_factory=lambda: [0.5, 0.8], metadata={"help": "shares of smallest weights"})
     warmup: float = field(default=0.1, metadata={"help": "share of the training in which λ rises"})
-    off: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
+    cooldown: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
     eps: float = field(default=0.1, metadata={"help": "ε of the decoupled form"})
     every: int = field(default=20, metadata={"help": "steps between two estimates of ν"})
     tolerance: float = field(default=0.01, metadata={"help": "what may be lost: points of accuracy, or a share"})
@@ -76,9 +78,12 @@ def read_arguments(
     values = yaml.safe_load(file.read_text())
     unknown = values.keys() - {action.dest for action in parser._actions}
     if unknown:
-        raise ValueError(f"{file}: unknown key {', '.join(sorted(unknown))}.")
+        raise ValueError(f"{file}: unknown key {', '.join(map(str, unknown))}.")
     parser.set_defaults(**values)
     study, training, _ = parser.parse_args_into_dataclasses(arguments)
+    for method in study.methods:
+        if method not in METHODS:
+            raise ValueError(f"methods: {method!r} is none of {', '.join(METHODS)}.")
     if training.max_steps < 1:
         raise ValueError("max_steps must be given: methods are compared after as many steps.")
     training.report_to, training.dataloader_pin_memory, training.disable_tqdm = [], False, True
@@ -90,7 +95,7 @@ def plan(study: StudyArguments) -> Iterator[tuple[int, str, float]]:
     """Seed, method and strength of every run; the plain one first."""
     for seed in study.seeds:
         yield seed, "plain", 0.0
-        for method in ("backslash", "l1", "l2", "decay", "reference"):
+        for method in study.methods:
             for value in getattr(study, method):
                 yield seed, method, value
 
@@ -206,7 +211,7 @@ def _with(training: tf.TrainingArguments, method: str, value: float, seed: int) 
 def _callbacks(study: StudyArguments, method: str, value: float) -> list[tf.TrainerCallback]:
     if method in ("plain", "decay"):
         return []
-    schedule = {"every": study.every, "warmup": study.warmup, "off": study.off}
+    schedule = {"every": study.every, "warmup": study.warmup, "cooldown": study.cooldown}
     if method == "reference":
         return [BackSlashCallback(value, form="reference", **schedule)]
     shape = {"backslash": None, "l1": 1.0, "l2": 2.0}[method]
@@ -280,28 +285,20 @@ def table(rows: list[dict[str, str]], study: StudyArguments, better: str) -> str
     """Fewest bits of each method within the tolerance, and what pruning does to each model."""
     plain, limit = limit_of(rows, study, better)
     found, sign = points(rows), 1 if better == "higher" else -1
-    lines = [
-        f"plain training: {plain:.4f}; allowed: {limit:.4f}",
-        "",
-        "| method | strength | grid | bits | metric | seeds | zeros |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [f"plain training: {plain:.4f}; allowed: {limit:.4f}", ""]
+    lines += ["| method | strength | grid | bits | metric | seeds | zeros |", "|---|---|---|---|---|---|---|"]
     for method in COLORS:
         good = [p for p in found if p.method == method and p.grid and sign * (p.metric - limit) >= 0]
         if good:
             p = min(good, key=lambda p: p.bits)
             span = f"{p.low:.4f}–{p.high:.4f}"
-            lines.append(
-                f"| {method} | {p.value:g} | {p.grid:g} | {p.bits:.2f} | {p.metric:.4f} | {span} | {p.zeros:.0%} |"
-            )
+            cells = (method, f"{p.value:g}", f"{p.grid:g}", f"{p.bits:.2f}", f"{p.metric:.4f}", span, f"{p.zeros:.0%}")
+            lines.append(f"| {' | '.join(cells)} |")
         elif any(p.method == method for p in found):
             lines.append(f"| {method} | – | – | – | – | – | – |")
     head = "".join(f" −{share:.0%} |" for share in study.prunes)
-    lines += [
-        "",
-        f"| method | strength | zeros | as trained |{head}",
-        "|---|---|---|---|" + "---|" * len(study.prunes),
-    ]
+    lines += ["", f"| method | strength | zeros | as trained |{head}"]
+    lines.append("|---|---|---|---|" + "---|" * len(study.prunes))
     for p in sorted(found, key=lambda p: (list(COLORS).index(p.method), p.value)):
         if p.grid == 0 and p.method != "prune":
             cells = []

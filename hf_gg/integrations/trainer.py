@@ -30,7 +30,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         modules: modules to act on, see `select_matrices`; None for all.
         embeddings: act on embeddings too.
         warmup: steps over which λ rises; below 1, a share of the training.
-        off: steps at the end without the penalty; below 1, a share of the training.
+        cooldown: steps at the end without the penalty; below 1, a share of the training.
         hold_support: keep zeros in those last steps.
         grid: step of the grid on which bits are counted, in the weights' unit.
 
@@ -48,14 +48,14 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         modules: str | Sequence[str] | None = None,
         embeddings: bool = False,
         warmup: float = 0.1,
-        off: float = 0.3,
+        cooldown: float = 0.3,
         hold_support: bool = True,
         grid: float = 2**-9,
         seed: int = 0,
     ) -> None:
         check_settings(lambda_, form, shape, eps, every)
         check_number("warmup", warmup)
-        check_number("off", off)
+        check_number("cooldown", cooldown)
         if not check_number("grid", grid) > 0:
             raise ValueError(f"grid must be positive, got {grid}.")
         self.settings: dict[str, Any] = {
@@ -68,7 +68,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         }
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.embeddings = embeddings
-        self.warmup, self.off = warmup, off
+        self.warmup, self.cooldown = warmup, cooldown
         self.hold_support = hold_support
         self.grid = grid
         self.backslash: BackSlash | None = None
@@ -78,7 +78,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in `trainer_state.json`."""
-        own = ("modules", "embeddings", "warmup", "off", "hold_support", "grid")
+        own = ("modules", "embeddings", "warmup", "cooldown", "hold_support", "grid")
         return {
             "args": {**self.settings, **{name: getattr(self, name) for name in own}},
             "attributes": {"saved": self.saved if self.backslash is None else self.backslash.state_dict()},
@@ -105,12 +105,12 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         """Set λ for the step."""
         if self.backslash is not None:
             self.backslash.strength = self.strength_at(state.global_step, state.max_steps)
-            first = state.max_steps - _steps(self.off, state.max_steps)
+            first = state.max_steps - _steps(self.cooldown, state.max_steps)
             self.backslash.hold_support = self.hold_support and state.global_step >= first
 
     def strength_at(self, step: int, max_steps: int) -> float:
         """The factor on λ in step `step`, counted from 0."""
-        if step >= max_steps - _steps(self.off, max_steps):
+        if step >= max_steps - _steps(self.cooldown, max_steps):
             return 0.0
         return min(1.0, (step + 1) / max(_steps(self.warmup, max_steps), 1))
 

@@ -1,0 +1,116 @@
+"""Two processes under BackSlash train what one process trains: DDP, FSDP2, DeepSpeed ZeRO."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+
+WORKER = Path(__file__).with_name("backslash_worker.py")
+TOLERANCE = 2e-5
+
+
+def launch(mode: str, folder: Path, output: str, world: int, how: str = "torchrun", shape: str = "tensor"):
+    """Runs the worker; returns its weights and its log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--multi_cpu",
+    ]
+    accelerate += [f"--num_processes={world}", f"--main_process_port={port}", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no"]
+    command = {"alone": alone, "torchrun": torchrun, "accelerate": accelerate}[how if world > 1 else "alone"]
+    settings = {"OMP_NUM_THREADS": "1", "SHAPE": shape, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | settings
+    path = folder / output
+    arguments = [*command, str(WORKER), mode, str(folder / "model"), str(path)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return load_file(f"{path}.safetensors"), json.loads(path.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model whose rows are odd, so that shards are of different sizes."""
+    folder = tmp_path_factory.mktemp("backslash")
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=36,
+        intermediate_size=49,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainer_alone(folder):
+    return launch("trainer", folder, "one", 1)
+
+
+def assert_same(found, wanted) -> float:
+    """The weights, ν and bits of two runs."""
+    (weights, log), (expected, expected_log) = found, wanted
+    assert weights.keys() == expected.keys()
+    apart = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
+    assert apart < TOLERANCE
+    zeros = {name: float((w == 0).float().mean()) for name, w in expected.items() if w.ndim == 2}
+    assert 0.02 < zeros["model.layers.0.mlp.up_proj.weight"] < 1
+    for name, share in zeros.items():
+        assert float((weights[name] == 0).float().mean()) == pytest.approx(share, abs=0.003)
+    assert log["fits"].keys() == expected_log["fits"].keys()
+    for name, fit in log["fits"].items():
+        assert fit == pytest.approx(expected_log["fits"][name], rel=1e-4)
+    assert log["log"]["backslash/bits"] == pytest.approx(expected_log["log"]["backslash/bits"], rel=1e-3)
+    return apart
+
+
+@pytest.mark.slow
+def test_ddp(folder, trainer_alone):
+    assert_same(launch("trainer", folder, "ddp", 2, "accelerate"), trainer_alone)
+
+
+@pytest.mark.slow
+def test_fsdp2(folder, trainer_alone):
+    assert_same(launch("fsdp", folder, "fsdp", 2), trainer_alone)
+
+
+@pytest.mark.slow
+def test_fsdp2_global_shape(folder):
+    assert_same(
+        launch("fsdp", folder, "fsdp-global", 2, shape="global"),
+        launch("trainer", folder, "global", 1, shape="global"),
+    )
+
+
+@pytest.mark.slow
+def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
+    _, log = launch("nan", folder, "nan", 2)
+    assert "up_proj.weight has weights that are NaN" in log["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(folder, stage):
+    assert_same(launch(f"zero{stage}", folder, f"zero{stage}", 2), launch("loop", folder, "loop", 1))
