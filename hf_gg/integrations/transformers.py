@@ -172,7 +172,7 @@ class GGConfig(QuantizationConfigMixin):
         """What is written into `config.json`: the properties of the checkpoint."""
         values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
         # what is not used stays away, so that earlier releases read the checkpoint
-        unused = {key: None for key in (*_TARGETS, "init")} | {"coding": "none"}
+        unused = dict.fromkeys((*_TARGETS, "init")) | {"coding": "none"}
         if self.weight_format != "grid":
             del values["sensitivity"]
         if self.init is not None:
