@@ -54,6 +54,9 @@ class GeneralizedGaussian(Distribution):
                     f"{name} must be a floating point tensor, got {value.dtype}: convert it with .float()."
                 )
         self.loc, self.scale, self.shape = broadcast_all(loc, scale, shape)
+        if validate_args is None:
+            # torch's own default is off for the whole process once something was compiled
+            validate_args = not torch.compiler.is_compiling()
         super().__init__(self.loc.shape, validate_args=validate_args)
         if self._validate_args:
             for name in self.arg_constraints:

@@ -138,7 +138,7 @@ def decode_while_loading(is_ours: Callable[[Any], bool]) -> None:
     Args:
         is_ours: whether a quantizer is one that reads such checkpoints.
     """
-    from transformers import modeling_utils  # may be half imported when this module is
+    from transformers import modeling_utils  # imports the quantizers, and so must not be imported with them
 
     original = modeling_utils.convert_and_load_state_dict_in_model
     if hasattr(original, "__wrapped__"):

@@ -228,6 +228,7 @@ class GGHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: GGConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
+        coded.decode_while_loading(lambda quantizer: isinstance(quantizer, GGHfQuantizer) and quantizer._from_codes)
         wanted = quantization_config.__dict__.pop("_format_wanted", None)
         targets = quantization_config.__dict__.pop("_targets_wanted", {})
         if quantization_config.weight_format == coded.FLOATS:
@@ -699,7 +700,6 @@ def register() -> None:
             GGConfig,
         )
         gguf.allow_gguf(GGConfig)
-        coded.decode_while_loading(lambda quantizer: isinstance(quantizer, GGHfQuantizer) and quantizer._from_codes)
 
 
 register()

@@ -63,4 +63,4 @@ def test_in_chromium(page, tmp_path):
     dom = run.stdout
     assert dom.count('class="unfitted"') == 67 and dom.count("<figure") == 7
     found = dict(re.findall(r'data-(sorted|fitted|shown|requests)="([^"]*)"', dom))
-    assert found == {"sorted": "true", "fitted": "34", "shown": "8 of 101 tensors", "requests": "0"}
+    assert found == {"sorted": "true", "fitted": "34", "shown": "16 of 101 tensors", "requests": "0"}

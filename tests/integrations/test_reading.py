@@ -141,7 +141,7 @@ def test_codes_of_an_unknown_format(tmp_path):
     save_file({"a.weight": codes, "a.weight_scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")
     with open_checkpoint(str(tmp_path)) as source:
         entry = next(entry for entry in source if entry.name == "a.weight")
-    assert entry.reason == "codes of a format that is named nowhere, which this version cannot decode"
+    assert entry.reason == "codes of a format that neither file nor config names, which this version cannot decode"
     with pytest.raises(ValueError, match="a.weight in model.safetensors cannot be read"):
         entry.load()
 

@@ -20,7 +20,7 @@ from .gguf_header import GgufTensor, read_gguf_header
 
 
 # A mapped file is let go of after this many bytes, so that pages that were read do not add up to the whole file.
-_MAPPED = 64 << 20
+_MAPPED = 1 << 24
 
 _SAFETENSORS_TYPES = {
     "F64": "float64",
@@ -161,9 +161,14 @@ class TorchFile:
         self._tensors, self._touched = {}, 0
 
     def entries(self) -> Iterator[Entry]:
+        # as a list: a generator would keep the first mapping, and with it all that was read from it
+        return iter(self._entries())
+
+    def _entries(self) -> list[Entry]:
         seen: dict[tuple, str] = {}
-        known = [(name, tensor, self._key(tensor)) for name, tensor in self._tensors.items()]
-        for name, tensor, key in known:
+        entries = []
+        for name, tensor in self._tensors.items():
+            key = self._key(tensor)
             stored = str(tensor.dtype).removeprefix("torch.")
             reason = why_no_weights(stored)
             if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -172,15 +177,18 @@ class TorchFile:
                 reason = f"the same values as {seen[key]} (tied)"
             elif key is not None:
                 seen[key] = name
-            yield Entry(
-                name,
-                tuple(tensor.shape),
-                stored,
-                self._path.name,
-                tensor.numel() * tensor.element_size(),
-                reason,
-                functools.partial(self.read, name),
+            entries.append(
+                Entry(
+                    name,
+                    tuple(tensor.shape),
+                    stored,
+                    self._path.name,
+                    tensor.numel() * tensor.element_size(),
+                    reason,
+                    functools.partial(self.read, name),
+                )
             )
+        return entries
 
     @staticmethod
     def _key(tensor: torch.Tensor) -> tuple | None:
@@ -190,11 +198,13 @@ class TorchFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, mapped from the file."""
-        if not self._tensors or (self._can_map and self._touched > _MAPPED):
+        if not self._tensors:
             self._map()
-        tensor = self._tensors[name]
-        self._touched += tensor.numel() * tensor.element_size()
-        return tensor.detach()
+        nbytes = self._tensors[name].numel() * self._tensors[name].element_size()
+        if self._can_map and self._touched and self._touched + nbytes > _MAPPED:
+            self._map()
+        self._touched += nbytes
+        return self._tensors[name].detach()
 
 
 def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -146,14 +146,18 @@ def _from_hub(model: str, revision: str | None, file: str | None) -> tuple[Path,
 
 
 def _from_cache(model: str, revision: str | None, file: str | None, where: str) -> tuple[Path, list[str]]:
-    from huggingface_hub import snapshot_download
+    # not by `snapshot_download`, which refuses a snapshot of which only some files were wanted
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
-    try:
-        path = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except OSError as error:
+    cached = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+    reference = cached / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    path = cached / "snapshots" / (commit or "main")
+    if not path.is_dir():
         raise ValueError(
             f"There is no file or folder {model}. As a name on the hub: the hub is not asked (HF_HUB_OFFLINE) or does "
             "not answer, and the cache does not have it. Go online, check HF_ENDPOINT, or give a folder or file."
-        ) from error
+        )
     names = sorted(p.relative_to(path).as_posix() for p in path.glob("**/*") if p.is_file())
     return path, choose(names, file, f"{where} (as far as it is in the cache)")
