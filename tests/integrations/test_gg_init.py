@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+import transformers.initialization as initialization
 from families import FAMILIES, quiet
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -349,9 +350,9 @@ def test_structured_and_off_centre_draws_are_left_to_the_model():
 @pytest.mark.parametrize("size", [(300, 500), (50, 60, 3, 3)])
 def test_deviations_of_torchs_initializers(initializer, arguments, size):
     parameter = nn.Parameter(torch.empty(size))
-    expected = float(getattr(tf.initialization, initializer)(parameter, **arguments).detach().std())
+    expected = float(getattr(initialization, initializer)(parameter, **arguments).detach().std())
     with gg_init(shape=1.0):
-        found = getattr(tf.initialization, initializer)(parameter, **arguments).detach()
+        found = getattr(initialization, initializer)(parameter, **arguments).detach()
     assert float(found.std()) == pytest.approx(expected, rel=0.02)
     check_law(found / expected, 1.0)
 
