@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", metavar="OUT.png", type=Path, help="write a picture (needs matplotlib)")
     parser.add_argument("--html", metavar="OUT.html", type=Path, help="write a page, one file")
-    parser.add_argument("--snr", type=_positive, default=30.0, help="error of the predicted bits, dB (default 30)")
+    parser.add_argument(
+        "--snr", type=_decibel, default=30.0, help="error of the predicted bits, dB (default 30, at most 150)"
+    )
     parser.add_argument(
         "--outliers", type=_positive, default=6.0, metavar="K", help="outliers are beyond K standard deviations (6)"
     )
@@ -88,6 +90,8 @@ def inspect(
             bar.set_postfix_str(entry.name, refresh=False)
             statistics, reason = None, entry.reason
             where = classify(entry.name, entry.shape)
+            if reason is None and entry.shape and 0 in entry.shape:
+                reason = "empty"
             if reason is None and not where.matrix and not everything:
                 reason = _NO_MATRIX
             if reason is None:
@@ -130,6 +134,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _decibel(text: str) -> float:
+    value = _positive(text)
+    if value > 150:  # levels to count without end
+        raise argparse.ArgumentTypeError(f"{text} is more than 150 dB, which float32 does not hold")
     return value
 
 

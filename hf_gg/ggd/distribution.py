@@ -158,8 +158,11 @@ class GeneralizedGaussian(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         d = _wide(value) - _wide(self.loc)
-        z, shape = torch.broadcast_tensors(d.abs() / _wide(self.scale), _wide(self.shape))
-        return d < 0, log_tail(z, shape)
+        below = d < 0
+        # not abs(), whose gradient at 0 is 0: the probabilities have none of its kink there
+        z, shape = torch.broadcast_tensors(torch.where(below, -d, d) / _wide(self.scale), _wide(self.shape))
+        infinite = z.isinf()
+        return below, log_tail(z.masked_fill(infinite, 1.0), shape).masked_fill(infinite, -math.inf)
 
     def _log_side(self, value: torch.Tensor, upper: bool) -> torch.Tensor:
         below, tail = self._sided(value)

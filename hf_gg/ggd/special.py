@@ -56,7 +56,9 @@ def shape_from_ratio(rho: torch.Tensor | float) -> torch.Tensor:
     # 1 minus rounding: a ratio of sums in float32 of two values ±c
     if not bool((rho >= 1 - 1e-6).all()):
         bad = rho[~(rho >= 1 - 1e-6)].flatten()[:3].tolist()
-        raise ValueError(f"rho = E[w²] / E[|w|]² is at least 1 for any data, got {bad}.")
+        raise ValueError(
+            f"rho = E[w²] / E[|w|]² is at least 1 for any data, got {bad}: NaN where squares leave float64."
+        )
     knots, values = (t.to(rho.device) for t in _ratio_table())
     target = rho.log().clamp(values[-1], values[0])
     # values fall; searchsorted wants them rising

@@ -239,3 +239,21 @@ def test_bad_parameters():
         GeneralizedGaussian(0.0, 1.0, 1.0).icdf(torch.tensor([0.5, 1.5]))
     with pytest.raises(ValueError, match="value"):
         GeneralizedGaussian(0.0, 1.0, 1.0).log_prob(torch.tensor(math.nan))
+
+
+@pytest.mark.parametrize("shape", [0.7, 1.0, 2.5])
+@pytest.mark.parametrize("name", ["cdf", "log_cdf", "log_sf"])
+def test_gradient_at_the_location(name, shape):
+    loc = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    law = GeneralizedGaussian(loc, 0.8, shape)
+    value = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    getattr(law, name)(value).backward()
+    density = float(law.log_prob(value).exp()) * {"cdf": 1, "log_cdf": 2, "log_sf": -2}[name]
+    assert float(value.grad) == pytest.approx(density) and float(loc.grad) == pytest.approx(-density)
+
+
+def test_infinite_values():
+    law = GeneralizedGaussian(0.0, 1.0, 1.5)
+    ends = torch.tensor([-math.inf, math.inf])
+    assert law.cdf(ends).tolist() == [0, 1] and law.log_sf(ends).tolist() == [0, -math.inf]
+    assert law.log_cdf(ends).tolist() == [-math.inf, 0]
