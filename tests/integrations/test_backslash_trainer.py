@@ -192,7 +192,7 @@ def test_optimizers(tmp_path, optim):
     changes = {"optim": optim, "learning_rate": 0.1 if optim == "sgd" else 5e-3}
     try:
         plain = trained(tmp_path, **changes).model
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
         pytest.skip(f"{optim} does not run on this machine: {error}")
     first = trained(tmp_path, [BackSlashCallback(1.0, warmup=0, cooldown=0, every=4)], **changes).model
     assert zeros(plain) == 0 and zeros(first) > 0.05
