@@ -199,16 +199,24 @@ def _encode_rans(symbols: np.ndarray, counts: np.ndarray, header: Header, thread
 
 def _choose_model(counts: np.ndarray) -> tuple[int, int, bytes]:
     """Model, precision and parameters with the smallest total; the quicker precision where they differ little."""
-    fitted = ggd_model.fit(counts) if ggd_model.applies(counts) else None
+    total, entropy = int(counts.sum()), models.entropy_of_counts(counts)
     found: list[tuple[float, int, int, bytes]] = []
+
+    def add(model: int, bits: int, parameters: bytes, frequencies: np.ndarray) -> float:
+        size = models.cost(counts, frequencies, bits) + 8 * len(parameters)
+        found.append((size * PRECISIONS[bits], model, bits, parameters))
+        return size
+
+    fitted = None
     for bits, handicap in PRECISIONS.items():
+        if found and min(found)[0] <= handicap * entropy * total:
+            break  # not even a perfect model would make up for it
         stored = models.normalize(counts, bits)
-        candidates = [(TABLE, models.write_table(stored, bits), stored)]
+        size = add(TABLE, bits, models.write_table(stored, bits), stored)
+        if not found[1:] and ggd_model.applies(counts):
+            fitted = ggd_model.fit(counts, size / total - entropy)
         if fitted is not None:
-            candidates.append((GGD, fitted, ggd_model.read_frequencies(fitted, bits)))
-        for model, parameters, frequencies in candidates:
-            size = models.cost(counts, frequencies, bits) + 8 * len(parameters)
-            found.append((size * handicap, model, bits, parameters))
+            add(GGD, bits, fitted, ggd_model.read_frequencies(fitted, bits))
     return min(found)[1:]
 
 

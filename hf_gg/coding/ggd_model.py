@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from .models import check_frequencies
+from .models import check_frequencies, entropy_of_counts
 
 
 PARAMETER_BYTES = 5
@@ -20,9 +21,9 @@ _POINTS = 8  # of the density in each cell
 _SCALE_STEPS, _SHAPE_STEPS = 1024, 1024  # of log2 α in one octave, and of β
 _LN2 = 0.6931471805599453
 _MOST_MAGNITUDE = 127
-# Of the search, in log2 of the mean and of the shape.
-_LEAST_STEP = 0.002
-_MOST_TRIALS = 40
+# Of the search, in log2 of the mean and of the shape; and when it may give up, at how many times the margin.
+_STEPS = (0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.02)
+_JUDGED, _HOPELESS = 1, 10.0
 
 
 def applies(counts: np.ndarray) -> bool:
@@ -60,11 +61,20 @@ def read_frequencies(parameters: bytes, bits: int) -> np.ndarray:
     return frequencies
 
 
-def fit(counts: np.ndarray) -> bytes:
-    """Parameters with nearly the shortest code for counted levels, int64 [256], to which the model applies."""
+def fit(counts: np.ndarray, margin: float) -> bytes | None:
+    """Parameters with nearly the shortest code for counted levels, int64 [256], to which the model applies.
+
+    Args:
+        counts: of the symbols.
+        margin: bits a symbol over the entropy that would still be of use.
+
+    Returns:
+        The parameters, or None once it is clear that the margin cannot be met.
+    """
     folded = counts[:128] + np.append(0, counts[129:])
     magnitude = int(np.flatnonzero(folded)[-1])
     folded = folded[: magnitude + 1] / folded.sum()
+    sign = 1.0 - float(folded[0])
     points = (np.arange(_POINTS * magnitude + 4) + 0.5) / _POINTS
 
     def parameters(spread: float, peak: float) -> tuple[int, int]:
@@ -74,32 +84,47 @@ def fit(counts: np.ndarray) -> bytes:
         steps = 32768 + round(_SCALE_STEPS * (spread + ratio)), round(_SHAPE_STEPS * shape)
         return max(0, min(65535, steps[0])), max(1, min(65535, steps[1]))
 
-    def bits_of(place: tuple[float, float]) -> float:
-        scale, shape = parameters(*place)
+    def bits_of(spread: float, peak: float) -> float:
+        """Bits a symbol, without the signs."""
+        scale, shape = parameters(spread, peak)
         with np.errstate(over="ignore", under="ignore"):
             power = (points / 2.0 ** ((scale - 32768) / _SCALE_STEPS)) ** (shape / _SHAPE_STEPS)
             cells = _cells(np.exp2(-power))
-        cells[1:] *= 2
-        total = float(cells.sum())
+        total = float(cells[0] + 2 * cells[1:].sum())
         # nothing gets less than a share when it is rounded to frequencies
         return -float((folded * np.log2(np.maximum(cells / total, 2.0**-17))).sum()) if total > 0 else math.inf
 
     mean = float((folded * np.arange(magnitude + 1)).sum())
     # a smaller start would lie on a plateau, where nothing is left for any level but 0
-    place, step = (math.log2(max(mean, 0.3)), 0.5), 0.5
-    best = bits_of(place)
-    for _ in range(_MOST_TRIALS):
-        trials = [(place[0] + a * step, place[1] + b * step) for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-        found = [bits_of(trial) for trial in trials]
-        if min(found) < best:
-            best = min(found)
-            place = trials[found.index(best)]
-        elif step > _LEAST_STEP:
-            step /= 2
-        else:
-            break
+    place, least = [math.log2(max(mean, 0.3)), 0.5], entropy_of_counts(counts) - sign
+    best = bits_of(*place)
+    for trial, step in enumerate(_STEPS):
+        for axis in (0, 1):
+            best = _parabola(bits_of, place, axis, step, best)
+        if trial == _JUDGED and best - least > _HOPELESS * (margin + 0.001):
+            return None
     scale, shape = parameters(*place)
     return bytes((magnitude,)) + scale.to_bytes(2, "little") + shape.to_bytes(2, "little")
+
+
+def _parabola(
+    function: Callable[[float, float], float], place: list[float], axis: int, step: float, here: float
+) -> float:
+    """Move `place` along an axis to the least of three values and of the parabola through them; the value there."""
+
+    def at(offset: float) -> float:
+        moved = list(place)
+        moved[axis] += offset
+        return function(*moved)
+
+    found = {0.0: here, -step: at(-step), step: at(step)}
+    bend = found[-step] - 2 * here + found[step]
+    if bend > 0 and math.isfinite(bend):
+        vertex = max(-2.0, min(2.0, (found[-step] - found[step]) / (2 * bend))) * step
+        found.setdefault(vertex, at(vertex))
+    least = min(found, key=lambda offset: found[offset])
+    place[axis] += least
+    return found[least]
 
 
 @functools.cache
