@@ -24,26 +24,6 @@ class BitWriter:
         return (self._value << pad).to_bytes((self._bits + pad) // 8, "big")
 
 
-class BitReader:
-    """Reads what `BitWriter` wrote; `EOFError` at the end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._value, self._left = int.from_bytes(data, "big"), 8 * len(data)
-
-    def read(self, bits: int) -> int:
-        """The next number of `bits` bits."""
-        if bits > self._left:
-            raise EOFError("the bits end too early")
-        self._left -= bits
-        return self._value >> self._left & ((1 << bits) - 1)
-
-    def unary(self) -> int:
-        """The number of ones before the next zero."""
-        value = 0
-        while self.read(1):
-            value += 1
-        return value
-
-    def at_end(self) -> bool:
-        """Whether only the padding is left: fewer than eight zeros."""
-        return self._left < 8 and self._value & ((1 << self._left) - 1) == 0
+def bits_of(data: bytes) -> str:
+    """Bytes as a text of 0 and 1."""
+    return f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}" if data else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -92,6 +92,7 @@ def decode(
     threads: int | None = None,
     expected_shape: Sequence[int] | None = None,
     out: torch.Tensor | None = None,
+    reserved: Collection[int] = (),
 ) -> torch.Tensor:
     """Decode a payload; nothing in it is trusted.
 
@@ -101,6 +102,7 @@ def decode(
         threads: at most so many; torch's number for None.
         expected_shape: the shape that the result must have.
         out: contiguous uint8 tensor of the payload's shape on the CPU that is filled and returned.
+        reserved: symbols that must not occur. That takes no time where the payload's model has none of them.
 
     Returns:
         uint8 tensor of the encoded shape, on the payload's device. If an error is raised, `out` holds anything.
@@ -121,11 +123,15 @@ def decode(
         result = torch.empty(header.shape, dtype=torch.uint8) if out is None else out
         if model is None:
             result.fill_(header.symbol)
-            return result if out is not None else result.to(payload.device)
-        hashes = _decode(data, header, model, result.view(-1).numpy(), threads or torch.get_num_threads())
+        else:
+            flat = result.view(-1).numpy()
+            hashes = _decode(data, header, model, flat, threads or torch.get_num_threads())
     except ValueError as error:
         raise ValueError(f"{name}: damaged: {error}.") from None
-    check_hashes(header, hashes, name)
+    if model is not None:
+        check_hashes(header, hashes, name)
+    if reserved:
+        _check_reserved(header, model, result, reserved, name)
     return result if out is not None else result.to(payload.device)
 
 
@@ -168,6 +174,22 @@ def check_hashes(header: Header, hashes: np.ndarray, name: str) -> None:
     """`ValueError` unless these are the hashes, uint32 [chunks, lanes], of the symbols that were encoded."""
     if checksum(hashes) != header.checksum:
         raise ValueError(f"{name}: damaged: the checksum of the decoded symbols does not fit.")
+
+
+def _check_reserved(
+    header: Header, model: np.ndarray | None, symbols: torch.Tensor, reserved: Collection[int], name: str
+) -> None:
+    if model is None:
+        possible = {header.symbol} if header.count else set()
+    else:
+        possible = set((np.flatnonzero(model) if header.coder == RANS else model[model < 256]).tolist())
+    for symbol in sorted(possible.intersection(reserved)):
+        found = (symbols.view(-1) == symbol).nonzero()
+        if len(found):
+            raise ValueError(
+                f"{name}: code 0x{symbol:02x} at flat index {int(found[0])} is a reserved state of the weight format. "
+                "The checkpoint is damaged or was written for another format."
+            )
 
 
 def frequencies_of(header: Header) -> np.ndarray:

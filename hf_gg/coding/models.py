@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from .bits import BitReader, BitWriter
+from .bits import BitWriter, bits_of
 
 
 MIN_BITS, MAX_BITS = 8, 16
@@ -78,23 +78,28 @@ def read_table(data: bytes, bits: int) -> np.ndarray:
     Raises:
         ValueError: saying what is wrong; the caller names the tensor.
     """
-    reader = BitReader(data)
-    frequencies = np.zeros(256, np.int64)
-    before = bits - 2
-    try:
-        for position in range(reader.read(8) + 1):
-            if not reader.read(1):
+    text = bits_of(data) + "0"
+    values, at, before = [0] * 256, 8, bits - 2
+    try:  # a plain loop, as quick as Python can be: there is a table for every tensor of a checkpoint
+        for position in range(int(text[:8], 2) + 1):
+            if text[at] == "0":
+                at += 1
                 continue
-            step = reader.unary()
-            size = before + (step >> 1 if step & 1 == 0 else -(step + 1 >> 1))
-            if not 0 <= size < bits:
-                raise ValueError(f"a frequency of {size + 1} bits in a table of {bits}")
-            frequencies[ORDER[position]] = (1 << size) + reader.read(size)
-            before = size
-    except EOFError:
+            end = text.index("0", at + 1)  # there is the one that was added
+            step = end - at - 1
+            before += -(step + 1 >> 1) if step & 1 else step >> 1
+            if not 0 <= before < bits:
+                raise ValueError(f"a frequency of {before + 1} bits in a table of {bits}")
+            at = end + 1 + before
+            values[position] = int("1" + text[end + 1 : at], 2)
+        if at >= len(text):
+            raise IndexError
+    except IndexError:
         raise ValueError("the table of frequencies is cut short") from None
-    if not reader.at_end():
+    if len(text) - at > 8 or "1" in text[at:]:
         raise ValueError("the table of frequencies is longer than its symbols")
+    frequencies = np.zeros(256, np.int64)
+    frequencies[ORDER] = values
     check_frequencies(frequencies, bits)
     return frequencies
 

@@ -39,6 +39,11 @@ class WeightFormat:
         """The codes that have no value."""
         return ()
 
+    @property
+    def refused(self) -> tuple[int, ...]:
+        """The codes that `validate` refuses."""
+        return self.reserved
+
     def table(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
         """The 256 values by code, unscaled; reserved codes give NaN. Shape [256]."""
         raise NotImplementedError

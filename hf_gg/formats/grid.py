@@ -154,6 +154,11 @@ class Grid(WeightFormat):
         flat[index] = 0
         return index.to(torch.int32 if flat.numel() <= 2**31 else torch.int64), values
 
+    @property
+    def refused(self) -> tuple[int, ...]:
+        """The codes that `validate` refuses."""
+        return (0x80,)
+
     def validate(self, codes: torch.Tensor, name: str = "codes") -> None:
         """Raise a `ValueError` naming `name` if `codes` holds a negative zero, which no encoder writes."""
         flat = codes.reshape(-1)

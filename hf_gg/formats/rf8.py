@@ -70,8 +70,7 @@ class ResidualFloat(WeightFormat):
     @property
     def reserved(self) -> tuple[int, ...]:
         """The codes that no encoder writes and no checkpoint may hold."""
-        half = 1 << (self.bits - 1)
-        return tuple(c for c in range(2 * half) if _magnitudes(self)[c % half] is None)
+        return _reserved(self)
 
     def table(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
         """The 256 values by code, unscaled; reserved codes give NaN. Shape [256]."""
@@ -159,6 +158,12 @@ def check_rounding(rounding: str) -> None:
 def nearest_value(fmt: ResidualFloat, x: torch.Tensor) -> torch.Tensor:
     """`decode(encode(x))` of a float32 tensor in one table look-up, same shape. For scale searches."""
     return fmt.value_of_index(x.device).index_select(0, _table_index(x.reshape(-1))).view(x.shape)
+
+
+@functools.cache
+def _reserved(fmt: ResidualFloat) -> tuple[int, ...]:
+    half = 1 << (fmt.bits - 1)
+    return tuple(c for c in range(2 * half) if _magnitudes(fmt)[c % half] is None)
 
 
 def _table_index(x: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class Unpack(ConversionOps):
     ):
         value = _only(next(iter(input_dict.values())))
         found = find_codes(model, full_layer_name)
-        if found is not None:
+        if found is not None and not coded.is_checked(value, found[0].format):
             module, weight = found
             if value.ndim == module._parameters[weight].ndim + 1 and value.shape[-1] == 1:
                 value = value.squeeze(-1)

@@ -28,6 +28,8 @@ from transformers.utils import logging
 
 from .. import coding
 from ..coding.levels import decode_levels, is_levels, read_levels_header
+from ..formats import get_format
+from .selection import code_parameters
 
 
 CODINGS = ("none", "rans", "eg0")
@@ -87,12 +89,15 @@ class CodedSlice:
         threads: to decode with; None for as many as there are cores.
         errors: takes the message of each damaged tensor; zeros of the wanted shape stand in for it.
         ignore_shape: a tensor of another shape than the parameter's is not decoded: zeros of its shape stand in.
+        weight_format: of codes, if it is known: then what it refuses is an error here.
     """
 
-    def __init__(self, source, name, dtype, shape, limit, threads, errors: list[str], ignore_shape: bool):
+    def __init__(
+        self, source, name, dtype, shape, limit, threads, errors: list[str], ignore_shape: bool, weight_format=None
+    ):
         self.source, self.name, self.dtype = source, name, dtype
         self.shape, self.limit, self.threads = shape, limit, threads
-        self.errors, self.ignore_shape = errors, ignore_shape
+        self.errors, self.ignore_shape, self.weight_format = errors, ignore_shape, weight_format
 
     def get_shape(self) -> list[int]:
         shape = self.shape or self._header(self.source[...])[1]
@@ -103,7 +108,9 @@ class CodedSlice:
 
     def __getitem__(self, index) -> torch.Tensor:
         try:
-            return self._decode()[index]
+            decoded = self._decode()[index]
+            decoded._hf_gg_checked = self.weight_format  # type: ignore[attr-defined]
+            return decoded
         except ValueError as error:
             if self.shape is None:
                 raise
@@ -123,13 +130,19 @@ class CodedSlice:
                 "or of another model."
             )
         if self.dtype == torch.uint8:
-            return coding.decode(payload, self.name, self.threads, expected_shape=shape)
+            refused = get_format(self.weight_format).refused if self.weight_format else ()
+            return coding.decode(payload, self.name, self.threads, expected_shape=shape, reserved=refused)
         return decode_levels(payload, self.name, self.threads)
 
     def _header(self, payload: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
         if self.dtype == torch.uint8:
             return torch.uint8, tuple(coding.info(payload, self.name).shape)
         return read_levels_header(payload, self.name)
+
+
+def is_checked(tensor: torch.Tensor, weight_format: str) -> bool:
+    """Whether a tensor is one that was decoded with a look for the codes that a format refuses."""
+    return getattr(tensor, "_hf_gg_checked", None) == weight_format
 
 
 def decode_while_loading(is_ours: Callable[[Any], bool]) -> None:
@@ -171,6 +184,7 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
     on_disk = "disk" in (load_config.device_map or {}).values()
     threads = None if on_disk else _threads_each()  # the loader has threads of its own, but for disk offload
     errors = model.__dict__.setdefault("_coding_errors", [])
+    formats = {name: module.format for name, module, _ in code_parameters(model)}
     result, offloaded = dict(state_dict), disk_offload_index or {}
     resaved: dict[str, str] = {}
     for key, value in state_dict.items():
@@ -185,7 +199,8 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
         # what is merged, split or turned on its way into a parameter of floats has a shape of its own
         shape = tuple(parameter.shape) if pattern is None or parameter.dtype == torch.uint8 else None
         ignore_shape = load_config.ignore_mismatched_sizes
-        result[key] = CodedSlice(value, name, parameter.dtype, shape, total, threads, errors, ignore_shape)
+        fmt = formats.get(name) if shape is not None else None
+        result[key] = CodedSlice(value, name, parameter.dtype, shape, total, threads, errors, ignore_shape, fmt)
         # the file cannot be read in its place
         for target in [target for target, entry in offloaded.items() if entry.get("weight_name") == key]:
             del offloaded[target]

@@ -224,3 +224,30 @@ def test_a_large_tensor():
     payload = coding.encode(symbols)
     assert torch.equal(coding.decode(payload), symbols)
     assert 8 * payload.numel() / symbols.numel() < 1.01 * coding.entropy(symbols)
+
+
+@pytest.mark.parametrize("coder", coding.CODERS)
+@pytest.mark.parametrize("kind", ["levels", "rare", "constant", "uniform"])
+def test_reserved_symbols(kind, coder):
+    """An error exactly where one of them occurs, also where the model leaves room for what does not occur."""
+    symbols = symbols_of(kind, (65, 1024))
+    present = set(symbols.unique().tolist())
+    payload = coding.encode(symbols, coder)
+    absent = tuple(set(range(256)) - present)
+    torch.testing.assert_close(coding.decode(payload, reserved=absent), symbols, rtol=0, atol=0)
+    wanted = max(present)
+    with pytest.raises(
+        ValueError,
+        match=f"layer: code 0x{wanted:02x} at flat index {int((symbols == wanted).view(-1).int().argmax())} ",
+    ):
+        coding.decode(payload, "layer", reserved=(*absent, wanted))
+
+
+def test_reserved_symbols_that_a_fitted_model_allows():
+    symbols = symbols_of("levels", (4000,))
+    largest = int(symbols.where(symbols < 128, 0).max())
+    symbols[symbols == largest - 1] = largest - 2  # hardly any
+    payload = coding.encode(symbols)
+    assert coding.info(payload).model == "ggd"
+    assert torch.equal(coding.decode(payload, reserved=(largest - 1,)), symbols)
+    assert torch.equal(coding.decode(coding.encode(symbols[:0]), reserved=(0,)), symbols[:0])

@@ -24,7 +24,7 @@ from test_bad_input import content, die, failing_writer, in_a_child
 from test_loading import first_layers_on_disk
 from transformers import AutoModel
 
-from hf_gg import GGConfig, coding, quantize_
+from hf_gg import GGConfig, coding, get_format, quantize_
 from hf_gg.integrations import coded
 from hf_gg.integrations.selection import code_parameters
 
@@ -61,6 +61,20 @@ def coded_names(folder: Path) -> set[str]:
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return same_tensors(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("coder", ["rans", "eg0"])
+@pytest.mark.parametrize("weight_format", ["rf8", "grid"])
+def test_codes_are_not_read_again_to_be_checked(tmp_path, coder, weight_format, monkeypatch):
+    """The model in a payload tells which codes can occur: refused ones are found without another pass."""
+    options = {"target_bits": 5.0} if weight_format == "grid" else {}
+    quantize_(LLAMA.model(), GGConfig(weight_format=weight_format, coding=coder, **options)).save_pretrained(tmp_path)
+
+    def validate(self, codes, name="codes"):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(type(get_format(weight_format)), "validate", validate)
+    AutoModel.from_pretrained(tmp_path)
 
 
 # --- round trips ---

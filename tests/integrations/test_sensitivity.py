@@ -255,3 +255,28 @@ def test_config_keys():
     ):
         with pytest.raises(ValueError, match=message):
             GGConfig(weight_format="grid", **bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_as_wide_ones(dtype, monkeypatch):
+    """Their products are computed in float32, forwards and backwards, and only there."""
+    exact, model = llama(), llama().to(dtype)
+    exact.load_state_dict(model.state_dict())
+    texts = write_texts(exact, 8, 6)
+    monkeypatch.setattr(sensitivity, "write_texts", lambda *args, **kwargs: texts)
+    products = []
+    original = sensitivity._FloatProducts.__torch_dispatch__
+
+    def watch(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.mm:
+            products.append(args[0].dtype)
+        return original(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(sensitivity._FloatProducts, "__torch_dispatch__", watch)
+    wanted = row_sensitivity(exact, linears(exact), sequences=8, length=6)
+    products.clear()
+    found = row_sensitivity(model, linears(model), sequences=8, length=6)
+    assert len(products) > 8 * 14 and set(products) == {dtype}
+    for name, rows in wanted.items():
+        assert torch.allclose(found[name], rows, rtol=0.1, atol=0.02 * float(rows.max())), name
+    assert not torch.is_autocast_enabled() and model(input_ids=texts).logits.dtype == dtype
