@@ -11,7 +11,7 @@ from .checks import FitError, check_loc, check_method, check_tensor, no_fit_reas
 from .likelihood import fit_likelihood, fit_likelihood_stream
 from .moments import Moments
 from .result import GGDFit
-from .scan import Sums, as_rows, choose_pivot, scan
+from .scan import Sums, as_rows, choose_pivot, scan, scan_many
 from .solve import fit_sums
 
 
@@ -77,7 +77,7 @@ def fit_many(
     named = tensors.items() if isinstance(tensors, Mapping) else ((f"tensor {i}", x) for i, x in enumerate(tensors))
     names: list[str] = []
     rows: list[torch.Tensor] = []
-    sums: list[Sums] = []
+    pivots: list[torch.Tensor] = []
     problems: dict[int, str] = {}
     for name, x in named:
         try:
@@ -89,11 +89,10 @@ def fit_many(
             x = torch.empty(0)
         names.append(name)
         rows.append(as_rows(x.detach(), None)[0])
-        pivot = choose_pivot(rows[-1], snap=True) if loc is None else torch.tensor([float(loc)]).double()
-        sums.append(scan(rows[-1], pivot))
+        pivots.append(choose_pivot(rows[-1], snap=True) if loc is None else torch.tensor([float(loc)]).double())
     if not names:
         raise ValueError("tensors is empty: give at least one tensor to fit.")
-    return _finish(rows, Sums.cat(sums), names, (len(names),), method, loc, errors, problems)
+    return _finish(rows, scan_many(rows, torch.cat(pivots)), names, (len(names),), method, loc, errors, problems)
 
 
 def fit_stream(
@@ -161,7 +160,7 @@ def _finish(
             return torch.full((len(names),), fill, dtype=t.dtype).index_copy_(0, keep, t)
 
         result = replace(result.map(spread), n=sums.n.long(), problems=problems)
-    return result.map(lambda t: t.reshape(shape))
+    return result if result.shape.shape == shape else result.map(lambda t: t.reshape(shape))
 
 
 def _check(method: str, loc: float | None, errors: str) -> None:

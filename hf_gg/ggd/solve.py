@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -12,8 +13,8 @@ from .special import (
     SHAPE_MAX,
     SHAPE_MIN,
     absolute_moment_about,
+    absolute_moments,
     log_moment,
-    log_ratio_slope,
     moment_ratio,
     shape_from_ratio,
 )
@@ -28,9 +29,16 @@ def fit_sums(sums: Sums, shape: tuple[int, ...], loc: float | None) -> GGDFit:
         loc: the given location, or None.
     """
     nu, alpha, mean, ratio = solve_moments(sums, loc)
-    outside = ~((ratio <= moment_ratio(SHAPE_MIN) * (1 + 1e-9)) & (ratio >= moment_ratio(SHAPE_MAX) * (1 - 1e-9)))
+    low, high = _ratio_range()
+    outside = ~((ratio <= high) & (ratio >= low))
     warn_clamped(outside, nu, f"E[w²] / E[|w|]² = {ratio[outside][:3].tolist()}")
     return make_fit("moments", nu, alpha, mean, sums.n, outside, shape, loc)
+
+
+@functools.cache
+def _ratio_range() -> tuple[float, float]:
+    """The ratios of the largest and the smallest shape, and a little beyond."""
+    return float(moment_ratio(SHAPE_MAX)) * (1 - 1e-9), float(moment_ratio(SHAPE_MIN)) * (1 + 1e-9)
 
 
 def solve_moments(sums: Sums, loc: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,18 +51,18 @@ def solve_moments(sums: Sums, loc: float | None) -> tuple[torch.Tensor, torch.Te
         mean, offset, variance = sums.pivot + shift, shift, (second - shift.square()).clamp_min(0)
     # E|w - mean| is E|w - pivot|, less offset times the mean sign, more what lies between the two points
     straight = absolute - offset * sums.signs / sums.n
-    corrected = straight
-    for _ in range(6):
+    corrected, half = straight, variance.log() / 2
+    moved = bool((offset.abs() > 1e-7 * variance.sqrt()).any())
+    for _ in range(6 if moved else 1):
         ratio = (variance / corrected.square()).clamp_min(1.0)
         nu = shape_from_ratio(ratio)
-        alpha = (variance.log() / 2 - log_moment(nu, 2) / 2).exp()
-        if bool((offset.abs() <= 1e-7 * variance.sqrt()).all()):
-            break
-        better = torch.minimum(straight + between(offset, alpha, nu), variance.sqrt())
-        settled = bool(((better - corrected).abs() <= 1e-12 * corrected).all())
-        corrected = better
-        if settled:
-            break
+        alpha = (half - log_moment(nu, 2) / 2).exp()
+        if moved:
+            better = torch.minimum(straight + between(offset, alpha, nu), variance.sqrt())
+            settled = bool(((better - corrected).abs() <= 1e-10 * corrected).all())
+            corrected = better
+            if settled:
+                break
     return nu, alpha, mean, ratio
 
 
@@ -102,13 +110,16 @@ def make_fit(
     shape: tuple[int, ...],
     loc: float | None,
 ) -> GGDFit:
-    """A `GGDFit` with its standard errors; every tensor [rows] is brought into `shape`."""
+    """A `GGDFit` with its standard errors; every tensor [rows] is brought into `shape`.
+
+    A clamped shape is no estimate and its errors say nothing, so that they are infinite there.
+    """
     errors = moment_errors(nu, alpha, n) if method == "moments" else likelihood_errors(nu, alpha, n)
+    loc_error, scale_error, shape_error = (torch.where(clamped, torch.inf, error) for error in errors)
     if loc is not None:
-        errors = (torch.zeros_like(nu), *errors[1:])
-    loc_error, scale_error, shape_error = errors
+        loc_error = torch.zeros_like(nu)
     result = GGDFit(mean, alpha, nu, loc_error, scale_error, shape_error, n.long(), method, clamped)
-    return result.map(lambda t: t.reshape(shape))
+    return result if nu.shape == shape else result.map(lambda t: t.reshape(shape))
 
 
 def warn_clamped(outside: torch.Tensor, nu: torch.Tensor, why: str) -> None:
@@ -129,16 +140,17 @@ def moment_errors(nu: torch.Tensor, alpha: torch.Tensor, n: torch.Tensor) -> tup
     The sample moments m₁ of |w - μ| and m₂ of its square have the covariances of the fitted distribution. The
     estimated mean adds nothing of first order, because the distribution is symmetric.
     """
-    e1, e2, e3, e4 = (log_moment(nu, k).exp() for k in (1, 2, 3, 4))
+    e1, e2, e3, e4 = absolute_moments(nu, 4)
     # variances of m1 / E m1 and of m2 / E m2 and their covariance, times n
     v1 = e2 / e1.square() - 1
     v2 = e4 / e2.square() - 1
     v12 = e3 / (e1 * e2) - 1
-    slope = log_ratio_slope(nu)
+    a = nu.reciprocal()
+    one, two, three = torch.digamma(torch.stack([a, 2 * a, 3 * a]))
+    slope = -a.square() * (one + 3 * three - 4 * two)
     shape_error = ((v2 + 4 * v1 - 4 * v12) / n).clamp_min(0).sqrt() / slope.abs()
     # ln α = ln m1 - ln e1(ν) with dν = (dm2 - 2 dm1) / slope
-    a = nu.reciprocal()
-    e1_slope = -a.square() * (2 * torch.digamma(2 * a) - torch.digamma(a)) / slope
+    e1_slope = -a.square() * (2 * two - one) / slope
     c1, c2 = 1 + 2 * e1_slope, -e1_slope
     scale_error = alpha * ((c1**2 * v1 + c2**2 * v2 + 2 * c1 * c2 * v12) / n).clamp_min(0).sqrt()
     return alpha * (e2 / n).sqrt(), scale_error, shape_error

@@ -8,6 +8,7 @@ E|Z|^k = Γ((k + 1) a) / Γ(a), and ρ(ν) = E[Z²] / E[|Z|]² = Γ(a) Γ(3a) / 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -20,6 +21,13 @@ def log_moment(shape: torch.Tensor, order: float) -> torch.Tensor:
     """Natural logarithm of E|Z|^order of a standard generalized Gaussian, float64 of `shape`'s shape."""
     a = shape.double().reciprocal()
     return torch.lgamma((order + 1) * a) - torch.lgamma(a)
+
+
+def absolute_moments(shape: torch.Tensor, orders: int) -> torch.Tensor:
+    """E|Z|^k of a standard generalized Gaussian for k = 1 … `orders`, [orders, *shape], by one call of lgamma."""
+    counts = torch.arange(1, orders + 2, dtype=torch.float64, device=shape.device)
+    logs = torch.lgamma(counts.view(-1, *[1] * shape.ndim) * shape.double().reciprocal())
+    return (logs[1:] - logs[0]).exp_()
 
 
 def moment_ratio(shape: torch.Tensor | float) -> torch.Tensor:
@@ -41,13 +49,13 @@ def moment_ratio(shape: torch.Tensor | float) -> torch.Tensor:
 
 
 def shape_from_ratio(rho: torch.Tensor | float) -> torch.Tensor:
-    """The shape ν with `moment_ratio(ν) == rho`, by bracketed Newton steps in ln ν.
+    """The shape ν with `moment_ratio(ν) == rho`, by cubic interpolation between 4096 exact points.
 
     Args:
         rho: E[w²] / E[|w|]², any shape of tensor. Ratios outside of `moment_ratio` of 0.1 … 8 give the nearer end.
 
     Returns:
-        float64 tensor of the same shape, accurate to about 1e-13 relative.
+        float64 tensor of the same shape, accurate to 2e-13 relative.
 
     Raises:
         ValueError: NaN, or a ratio below 1, which no data has.
@@ -59,26 +67,24 @@ def shape_from_ratio(rho: torch.Tensor | float) -> torch.Tensor:
         raise ValueError(
             f"rho = E[w²] / E[|w|]² is at least 1 for any data, got {bad}: NaN where squares leave float64."
         )
-    knots, values = (t.to(rho.device) for t in _ratio_table())
-    target = rho.log().clamp(values[-1], values[0])
-    # values fall; searchsorted wants them rising
-    index = torch.searchsorted(-values, -target).clamp(1, len(knots) - 1)
-    low, high = knots[index - 1].clone(), knots[index].clone()
-    weight = (values[index - 1] - target) / (values[index - 1] - values[index])
-    s = low + weight * (high - low)
-    for _ in range(2):
-        nu = s.exp()
-        excess = _log_ratio(nu) - target
-        low, high = torch.where(excess > 0, s, low), torch.where(excess > 0, high, s)
-        s = s - excess / (nu * log_ratio_slope(nu))
-        s = torch.where((s >= low) & (s <= high), s, (low + high) / 2)
-    return s.exp().clamp(SHAPE_MIN, SHAPE_MAX)
+    table = _ratio_table()
+    rising, knots, slopes = table if rho.device.type == "cpu" else (t.to(rho.device) for t in table)
+    target = -rho.log().clamp(-rising[-1], -rising[0])
+    right = torch.searchsorted(rising, target).clamp_(1, len(knots) - 1)
+    left = right - 1
+    low = rising[left]
+    width = rising[right] - low
+    u = (target - low) / width
+    v = 1 - u
+    ends = knots[left] * (1 + 2 * u) * v.square() + knots[right] * (3 - 2 * u) * u.square()
+    return ends + width * u * v * (slopes[left] * v - slopes[right] * u)
 
 
 def log_ratio_slope(shape: torch.Tensor) -> torch.Tensor:
     """d ln ρ / dν, negative."""
     a = shape.reciprocal()
-    return -a.square() * (torch.digamma(a) + 3 * torch.digamma(3 * a) - 4 * torch.digamma(2 * a))
+    one, two, three = torch.digamma(torch.stack([a, 2 * a, 3 * a]))
+    return -a.square() * (one + 3 * three - 4 * two)
 
 
 def absolute_moment_about(offset: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
@@ -95,11 +101,13 @@ def absolute_moment_about(offset: torch.Tensor, scale: torch.Tensor, shape: torc
 
 def _log_ratio(shape: torch.Tensor) -> torch.Tensor:
     a = shape.reciprocal()
-    return torch.lgamma(a) + torch.lgamma(3 * a) - 2 * torch.lgamma(2 * a)
+    one, two, three = torch.lgamma(torch.stack([a, 2 * a, 3 * a]))
+    return one + three - 2 * two
 
 
 @functools.cache
-def _ratio_table() -> tuple[torch.Tensor, torch.Tensor]:
-    """ln ν and ln ρ on a grid, a bracket and a start for Newton's method. Shapes [256], the second one falling."""
-    knots = torch.linspace(torch.tensor(SHAPE_MIN).log().item(), torch.tensor(SHAPE_MAX).log().item(), 256).double()
-    return knots, _log_ratio(knots.exp())
+def _ratio_table() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-ln ρ (rising), ν and dν / d(-ln ρ) at points that are even in ln ν, [4096] each."""
+    nu = torch.logspace(math.log10(SHAPE_MIN), math.log10(SHAPE_MAX), 4096, dtype=torch.float64)
+    nu[0], nu[-1] = SHAPE_MIN, SHAPE_MAX
+    return -_log_ratio(nu), nu, -log_ratio_slope(nu).reciprocal()

@@ -1,0 +1,137 @@
+"""The sums over CPU tensors in C, compiled at first use: one call reads many tensors, in threads.
+
+Every value is taken as float64 and added in chunks of a fixed size, so that the number of threads changes nothing.
+Where there is no compiler, on other devices and for other dtypes, `scan.py` and `likelihood.py` do the same in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..native import Library, try_load
+
+
+_LIBRARY = Library(
+    name="ggd",
+    folder=Path(__file__).parent,
+    headers=("kernels.h",),
+    sources=("kernels.c",),
+    flags=("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"),
+    variants=(("-fopenmp",), (), ("-fopenmp", "-DHF_GG_PORTABLE"), ("-DHF_GG_PORTABLE",)),
+    functions={
+        "hf_gg_ggd_isa": ("n", ""),
+        "hf_gg_ggd_moments": ("n", "nnnpp"),
+        "hf_gg_ggd_powers": ("n", "nnnpp"),
+        "hf_gg_ggd_near": ("n", "nnppnpp"),
+    },
+)
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+# `job` in kernels.c
+_JOB = np.dtype(
+    [("x", "u8"), ("count", "i8"), ("dtype", "i8"), ("parameters", "f8", 4), ("near", "u8"), ("capacity", "i8"),
+     ("found", "u8")]
+)  # fmt: skip
+_lock = threading.Lock()
+
+
+def available() -> bool:
+    """Whether the kernels can run here. The first call may compile them: some seconds, once per machine."""
+    return _loaded()[0] is not None
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    return _loaded()[1]
+
+
+def reads(x: torch.Tensor) -> bool:
+    """Whether the kernels read this tensor once its last dimension is dense: on the CPU, of a dtype that they know."""
+    return x.device.type == "cpu" and x.layout == torch.strided and x.dtype in _DTYPES and available()
+
+
+def suits(x: torch.Tensor) -> bool:
+    """Whether the kernels read this matrix as it is."""
+    return (x.stride(-1) == 1 or x.shape[-1] < 2) and reads(x)
+
+
+def moments(rows: Sequence[torch.Tensor], pivots: np.ndarray, higher: bool) -> np.ndarray:
+    """The sums of each row of dense matrices [rows, values] about its pivot; float64 [all rows, 10].
+
+    Columns: count, not finite, Σd, Σsign d, Σ|d|, Σd², Σd³, Σd⁴, smallest, largest.
+    """
+    jobs = _jobs(rows)
+    jobs["parameters"][:, 0] = pivots
+    jobs["parameters"][:, 1] = higher
+    return _call("hf_gg_ggd_moments", jobs, 10)
+
+
+def powers(
+    rows: Sequence[torch.Tensor], nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor, score: torch.Tensor | bool
+) -> np.ndarray:
+    """Σ z^ν lnᵏz for k = 0 … 4, z = |w - μ| / α, and Σ sign(w - μ) z^(ν-1) where `score`; float64 [all rows, 6]."""
+    jobs = _jobs(rows)
+    for column, values in enumerate((nu, alpha, mu, score)):
+        jobs["parameters"][:, column] = values
+    return _call("hf_gg_ggd_powers", jobs, 6)
+
+
+def near(x: torch.Tensor, center: float, half: float, nu: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """With z = (w - center) / half of a dense row: all |z| ≤ 6, sorted, and Σ|z|^ν z^-k of the others, [2, 9]."""
+    jobs = _jobs([x[None]])
+    jobs["parameters"] = (center, half, *nu)
+    sums, found = np.empty((2, 9)), np.zeros(1, np.int64)
+    capacity = 1 << 16
+    while True:
+        values = np.empty(capacity)
+        library, isa = _library()
+        arguments = (jobs, values, capacity, found, sums)
+        pointers = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
+        if library.hf_gg_ggd_near(isa, torch.get_num_threads(), *pointers):
+            raise MemoryError("no memory for the sums of a fit")
+        if found[0] <= capacity:
+            return np.sort(values[: found[0]]), sums
+        capacity = int(found[0])
+
+
+def _jobs(rows: Sequence[torch.Tensor]) -> np.ndarray:
+    jobs = np.zeros(sum(len(x) for x in rows), _JOB)
+    start = 0
+    for x in rows:
+        own = jobs[start : start + len(x)]
+        own["x"] = x.data_ptr() + np.arange(len(x), dtype=np.uint64) * np.uint64(x.stride(0) * x.element_size())
+        own["count"], own["dtype"] = x.shape[1], _DTYPES[x.dtype]
+        start += len(x)
+    return jobs
+
+
+def _call(name: str, jobs: np.ndarray, sums: int) -> np.ndarray:
+    out = np.empty((len(jobs), sums))
+    library, isa = _library()
+    if getattr(library, name)(isa, torch.get_num_threads(), len(jobs), jobs.ctypes.data, out.ctypes.data):
+        raise MemoryError("no memory for the sums of a fit")
+    return out
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, int]:
+    library = _loaded()[0]
+    if library is None:
+        raise RuntimeError(f"the kernels are not available: {why_not()}.")
+    return library, library.hf_gg_ggd_isa()
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    with _lock:  # one thread compiles
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    return try_load(_LIBRARY.load)
