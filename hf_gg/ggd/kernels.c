@@ -127,7 +127,8 @@ EXPORT int64_t hf_gg_ggd_powers(int64_t isa, int64_t threads, int64_t jobs, cons
 }
 
 /* One job of center, half width and two shapes. `near` gets the first `capacity` of the values that are near, in no
-   particular order; `found` counts all of them. `out` is [2, 9], see kernels.h. */
+   particular order; `found` counts all of them unless the capacity is 0. `out` is [2, 9] and the sum of the near ones,
+   see kernels.h. */
 EXPORT int64_t hf_gg_ggd_near(int64_t isa, int64_t threads, job *j, double *near, int64_t capacity, int64_t *found,
                               double *out) {
   chunk_function *function = near_portable;
@@ -137,5 +138,5 @@ EXPORT int64_t hf_gg_ggd_near(int64_t isa, int64_t threads, job *j, double *near
   (void)isa;
   *found = 0;
   j->near = near, j->capacity = capacity, j->found = found;
-  return run(function, threads, 1, j, 2 * ORDERS, 0, out);
+  return run(function, threads, 1, j, 2 * ORDERS + 1, 0, out);
 }

@@ -219,33 +219,36 @@ TARGET static void NAME(powers)(const job *j, int64_t begin, int64_t end, double
 
 /* --- location --- */
 
-/* Of values [begin, end), with z = (w - center) / half: those with |z| ≤ FAR are written down, from the others
-   Σ|z|^ν z^-k for k = 0 … 8 and for two shapes ν is summed. */
+/* Of values [begin, end), with z = (w - center) / half: those with |z| ≤ FAR are written down, and Σ(|z| - 1)^ν of those
+   with |z| > 1 among them is summed for the first of two shapes ν; from the others, for both, Σ|z|^ν z^-k, k = 0 … 8. */
 TARGET static void NAME(near)(const job *j, int64_t begin, int64_t end, double *out) {
   const double center = j->parameters[0], inverse = 1.0 / j->parameters[1];
   const double nu[2] = {j->parameters[2], j->parameters[3]};
   double w[BLOCK], found[BLOCK];
-  vec sums[2][ORDERS] = {{{0}}};
-  const vec far = (vec){0} + FAR;
+  vec sums[2][ORDERS] = {{{0}}}, gaps = {0};
+  const vec far = (vec){0} + FAR, tiny = (vec){0} + 0x1p-1022;
   for (int64_t at = begin; at < end; at += BLOCK) {
     int64_t count = end - at < BLOCK ? end - at : BLOCK, close = 0;
     NAME(load)(j->x, j->dtype, at, count, w);
     int64_t pairs = NAME(pad)(w, count, INFINITY);
     for (int64_t i = 0; i < pairs; i++) {
       vec z[2], size[2], l[2], p[2], x[2];
-      lanes outside[2];
+      lanes outside[2], beside[2];
       PAIR z[u] = (NAME(get)(w + 8 * i + 4 * u) - center) * inverse;
       PAIR size[u] = NAME(magnitude)(z[u]);
       PAIR outside[u] = (size[u] > far) & (size[u] < (vec){0} + 0x1p1000);
-      PAIR for (int lane = 0; lane < 4; lane++) if (size[u][lane] <= FAR) found[close++] = z[u][lane];
+      if (j->capacity)
+        PAIR for (int lane = 0; lane < 4; lane++) if (size[u][lane] <= FAR) found[close++] = z[u][lane];
+      PAIR beside[u] = (size[u] <= far) & (size[u] - 1.0 >= tiny);
       PAIR z[u] = NAME(pick)(outside[u], z[u], far);
-      PAIR size[u] = NAME(magnitude)(z[u]);
+      PAIR size[u] = NAME(pick)(outside[u], size[u], NAME(pick)(beside[u], size[u] - 1.0, tiny));
       NAME(logarithm)(size, l);
       PAIR z[u] = 1.0 / z[u];
 #pragma GCC unroll 2
       for (int which = 0; which < 2; which++) {
         PAIR x[u] = l[u] * nu[which];
         NAME(exponential)(x, p);
+        if (which == 0) PAIR gaps += (vec)(beside[u] & (lanes)p[u]);
         PAIR p[u] = (vec)(outside[u] & (lanes)p[u]);
         for (int k = 0; k < ORDERS; k++) {
           sums[which][k] += p[0] + p[1];
@@ -266,4 +269,5 @@ TARGET static void NAME(near)(const job *j, int64_t begin, int64_t end, double *
   }
   for (int which = 0; which < 2; which++)
     for (int k = 0; k < ORDERS; k++) out[which * ORDERS + k] = NAME(total)(sums[which][k]);
+  out[2 * ORDERS] = NAME(total)(gaps);
 }

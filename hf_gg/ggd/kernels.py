@@ -82,22 +82,33 @@ def powers(
     return _call("hf_gg_ggd_powers", jobs, 6)
 
 
-def near(x: torch.Tensor, center: float, half: float, nu: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def near(x: torch.Tensor, center: float, half: float, shapes: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """With z = (w - center) / half of a dense row: all |z| ≤ 6, sorted, and Σ|z|^ν z^-k of the others, [2, 9]."""
-    jobs = _jobs([x[None]])
-    jobs["parameters"] = (center, half, *nu)
-    sums, found = np.empty((2, 9)), np.zeros(1, np.int64)
     capacity = 1 << 16
     while True:
         values = np.empty(capacity)
-        library, isa = _library()
-        arguments = (jobs, values, capacity, found, sums)
-        pointers = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-        if library.hf_gg_ggd_near(isa, torch.get_num_threads(), *pointers):
-            raise MemoryError("no memory for the sums of a fit")
-        if found[0] <= capacity:
-            return np.sort(values[: found[0]]), sums
-        capacity = int(found[0])
+        found, sums = _near(x.data_ptr(), len(x), _DTYPES[x.dtype], (center, half, *shapes), values)
+        if found <= capacity:
+            return np.sort(values[:found]), sums[:-1].reshape(2, 9)
+        capacity = found
+
+
+def cell(values: np.ndarray, center: float, half: float, shapes: tuple[float, float]) -> tuple[float, np.ndarray]:
+    """With z = (w - center) / half: Σ max(|z| - 1, 0)^ν over |z| ≤ 6 for the first ν, Σ|z|^ν z^-k of the others."""
+    _, sums = _near(values.ctypes.data, len(values), 0, (center, half, *shapes), np.empty(0))
+    return float(sums[-1]), sums[:-1].reshape(2, 9)
+
+
+def _near(
+    pointer: int, count: int, dtype: int, parameters: tuple[float, ...], values: np.ndarray
+) -> tuple[int, np.ndarray]:
+    job, found, sums = np.zeros(1, _JOB), np.zeros(1, np.int64), np.empty(19)
+    job[0] = (pointer, count, dtype, parameters, 0, 0, 0)
+    library, isa = _library()
+    arguments = (job.ctypes.data, values.ctypes.data, len(values), found.ctypes.data, sums.ctypes.data)
+    if library.hf_gg_ggd_near(isa, torch.get_num_threads(), *arguments):
+        raise MemoryError("no memory for the sums of a fit")
+    return int(found[0]), sums
 
 
 def _jobs(rows: Sequence[torch.Tensor]) -> np.ndarray:

@@ -21,8 +21,8 @@ class GGDFit:
         loc: location μ, float64.
         scale: scale α, float64; the density is ν / (2 α Γ(1/ν)) exp(-(|w - μ| / α)^ν).
         shape: shape ν, float64, within 0.1 … 8.
-        loc_stderr: standard error of `loc`; 0 where the caller gave the location. All three errors suppose that the law
-            is right and the values independent, and are infinite where the shape is clamped.
+        loc_stderr: standard error of `loc`; 0 where the caller gave the location. The errors suppose that the law is
+            right and the values independent, and are infinite where the shape is clamped.
         scale_stderr: standard error of `scale`.
         shape_stderr: standard error of `shape`.
         n: number of values, int64.

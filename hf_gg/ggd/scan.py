@@ -1,8 +1,8 @@
 """One reading of a tensor: power sums about a pivot, in blocks that stay in the cache.
 
 On a CPU `kernels.py` sums in float64. In torch, sums inside a block are float32 (float64 for float64 data, and for
-values whose squares float32 cannot hold), sums over blocks float64. The pivot is subtracted before anything is squared,
-so a mean far from zero costs no digits.
+values whose squares float32 cannot hold), sums over blocks float64. The pivot is subtracted before anything is
+squared, so a mean far from zero costs no digits.
 """
 
 from __future__ import annotations
