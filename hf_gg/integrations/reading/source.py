@@ -90,7 +90,9 @@ class TensorSource:
                 message = f"{tensor} should be in {shard} by the index, and is not: download or save it again."
                 self.problems.append(Problem(shard, tensor, message))
             found[tensor] = Entry(tensor, (), "?", shard, 0, reason)
-        return [decode_entry(entry, found, self.weight_format) for entry in found.values()]
+        entries = [decode_entry(entry, found, self.weight_format) for entry in found.values()]
+        self.release()  # of coded tensors the headers were read
+        return entries
 
     @property
     def nbytes(self) -> int:
