@@ -34,6 +34,7 @@ CUSPED = 1.1
 _ORDERS = 5
 _MAX_READINGS = 30
 _MAX_STEPS = 100
+_MAX_LOCATIONS = 10
 _CONVERGED = 1e-9
 # A step in ν, relative, after which the Taylor series has been exact to 1e-7.
 _CLOSE = 4e-3
@@ -131,12 +132,12 @@ def _fit_long(sources: Sequence[_Row | _Stream], n: torch.Tensor, loc: float | N
         state.round()
         table, score = _read_all([sources[i] for i in left.tolist()], state)
         state.step(table, score)
-        cusped = state.free & (state.nu < CUSPED) & (state.shape_step < 0.05)
+        cusped = state.to_locate() & (state.shape_step < 0.05)
         for row in cusped.nonzero().flatten().tolist():
             source = sources[int(left[row])]
             state.put(cusp_location(source, state.profile(row), source.sample(_MEDIAN_SAMPLE)), row)
         result[:, left] = state.stack()
-        going = ~(state.settled(_CLOSE, 3e-7) & ((state.nu >= CUSPED) | ~state.free))
+        going = ~(state.settled(_CLOSE, 3e-7) & ((state.nu >= CUSPED) | ~state.free | state.clamped))
         if not bool(going.any()):
             break
         left, state = left[going], state.take(going)
@@ -182,12 +183,12 @@ def _solve_block(
     # of a constant about another given location the ratio is 1, and rounding may take it below
     nu = shape_from_ratio((d.square().mean(-1) / d.abs().mean(-1).square()).clamp_min(1.0))
     state = _State(torch.full((rows,), float(n)).double(), nu, d.abs().mean(-1), mu, torch.full((rows,), loc is None))
-    for _ in range(2):
+    for _ in range(_MAX_LOCATIONS):
         for _ in range(_MAX_STEPS):
             state.step(*_power_sums(w, state.nu, state.alpha, state.mu))
             if bool(state.settled(tolerance, 1e-3 * tolerance).all()):
                 break
-        cusped = (state.free & (state.nu < CUSPED)).nonzero().flatten().tolist() if locate else []
+        cusped = state.to_locate().nonzero().flatten().tolist() if locate else []
         if not cusped:
             break
         for i in cusped:
@@ -203,6 +204,8 @@ class _State:
     ) -> None:
         self.n, self.nu, self.alpha, self.mu, self.free = n, nu, alpha, mu.clone(), free.clone()
         self.clamped = torch.zeros_like(free)
+        # the shape for which a location with cusps was found; NaN before, infinite where the location is given
+        self.nu_located = torch.where(free, torch.nan, torch.inf).double()
         self.shape_step = torch.full_like(nu, torch.inf)
         # about what the last step of the location changes in ν, relatively
         self.loc_left = torch.where(free, torch.inf, 0.0).double()
@@ -215,8 +218,15 @@ class _State:
         """Settle the location of a row."""
         self.mu[row] = mu
         self.free[row] = False
+        self.nu_located[row] = self.nu[row]
         self.loc_left[row] = 0.0
         self.shape_step[row] = torch.inf
+
+    def to_locate(self) -> torch.Tensor:
+        """The rows whose location has cusps and is not yet the best one for about this shape."""
+        error = likelihood_errors(self.nu, self.alpha, self.n)[2]
+        near = (self.nu - self.nu_located).abs() < 0.05 * error
+        return (self.nu < CUSPED) & ~near & ~self.nu_located.isinf() & ~self.clamped
 
     def profile(self, row: int) -> Profile:
         """What `cusp_location` wants to know of a row."""
@@ -227,6 +237,7 @@ class _State:
         """Some of the rows."""
         new = _State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
         new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
+        new.nu_located = self.nu_located[rows]
         new.low, new.high, new.steps = self.low[rows], self.high[rows], self.steps
         new.last = None if self.last is None else (self.last[0][rows], self.last[1][rows])
         return new
@@ -402,4 +413,4 @@ def _taylor(table: torch.Tensor, delta: torch.Tensor, derivative: int) -> torch.
 def _result(state: torch.Tensor, n: torch.Tensor, loc: float | None) -> GGDFit:
     nu, alpha, mu, clamped = state
     warn_clamped(clamped > 0, nu, "the likelihood still rises at that end, so that its maximum")
-    return make_fit("mle", nu, alpha, mu, n, clamped > 0, tuple(nu.shape), loc)
+    return make_fit("mle", nu, alpha, mu, n, clamped > 0, tuple(nu.shape), loc, likelihood_errors(nu, alpha, n))

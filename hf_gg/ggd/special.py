@@ -67,17 +67,29 @@ def shape_from_ratio(rho: torch.Tensor | float) -> torch.Tensor:
         raise ValueError(
             f"rho = E[w²] / E[|w|]² is at least 1 for any data, got {bad}: NaN where squares leave float64."
         )
-    table = _ratio_table()
-    rising, knots, slopes = table if rho.device.type == "cpu" else (t.to(rho.device) for t in table)
+    return moment_curves(rho)[0]
+
+
+def moment_curves(rho: torch.Tensor) -> torch.Tensor:
+    """Functions of the shape ν with `moment_ratio(ν) == rho`, by cubic interpolation between 4096 exact points.
+
+    They are ν itself, ln E|Z|, ln E[Z²] of a standard generalized Gaussian, and the logarithms of what
+    `relative_moment_errors` gives. One look-up, because each call of torch costs as much as thousands of weights.
+
+    Args:
+        rho: at least 1, float64 of any shape.
+
+    Returns:
+        float64 [5, *rho.shape].
+    """
+    rising, coefficients = _curves()
+    if rho.device.type != "cpu":
+        rising, coefficients = rising.to(rho.device), coefficients.to(rho.device)
     target = -rho.log().clamp(-rising[-1], -rising[0])
-    right = torch.searchsorted(rising, target).clamp_(1, len(knots) - 1)
-    left = right - 1
-    low = rising[left]
-    width = rising[right] - low
-    u = (target - low) / width
-    v = 1 - u
-    ends = knots[left] * (1 + 2 * u) * v.square() + knots[right] * (3 - 2 * u) * u.square()
-    return ends + width * u * v * (slopes[left] * v - slopes[right] * u)
+    left = torch.searchsorted(rising, target, right=True).sub_(1).clamp_(0, len(rising) - 2)
+    c = coefficients[:, :, left]
+    u = target - rising[left]
+    return ((c[3] * u + c[2]) * u + c[1]) * u + c[0]
 
 
 def log_ratio_slope(shape: torch.Tensor) -> torch.Tensor:
@@ -85,6 +97,26 @@ def log_ratio_slope(shape: torch.Tensor) -> torch.Tensor:
     a = shape.reciprocal()
     one, two, three = torch.digamma(torch.stack([a, 2 * a, 3 * a]))
     return -a.square() * (one + 3 * three - 4 * two)
+
+
+def relative_moment_errors(nu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard errors of a moment fit to one value, by the delta method: scale (as its share), and shape.
+
+    The sample moments m₁ of |w - μ| and m₂ of its square have the covariances of the fitted distribution. The
+    estimated mean adds nothing of first order, because the distribution is symmetric.
+    """
+    e1, e2, e3, e4 = absolute_moments(nu, 4)
+    # variances of m1 / E m1 and of m2 / E m2 and their covariance
+    v1 = e2 / e1.square() - 1
+    v2 = e4 / e2.square() - 1
+    v12 = e3 / (e1 * e2) - 1
+    a = nu.reciprocal()
+    slope = log_ratio_slope(nu)
+    shape_error = (v2 + 4 * v1 - 4 * v12).clamp_min(0).sqrt() / slope.abs()
+    # ln α = ln m1 - ln e1(ν) with dν = (dm2 - 2 dm1) / slope
+    e1_slope = -a.square() * (2 * torch.digamma(2 * a) - torch.digamma(a)) / slope
+    c1, c2 = 1 + 2 * e1_slope, -e1_slope
+    return (c1**2 * v1 + c2**2 * v2 + 2 * c1 * c2 * v12).clamp_min(0).sqrt(), shape_error
 
 
 def absolute_moment_about(offset: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
@@ -106,8 +138,20 @@ def _log_ratio(shape: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _ratio_table() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-ln ρ (rising), ν and dν / d(-ln ρ) at points that are even in ln ν, [4096] each."""
+def _curves() -> tuple[torch.Tensor, torch.Tensor]:
+    """-ln ρ at points that are even in ln ν [4096], and the cubics between them of the five functions [4, 5, 4095]."""
     nu = torch.logspace(math.log10(SHAPE_MIN), math.log10(SHAPE_MAX), 4096, dtype=torch.float64)
     nu[0], nu[-1] = SHAPE_MIN, SHAPE_MAX
-    return -_log_ratio(nu), nu, -log_ratio_slope(nu).reciprocal()
+    nu.requires_grad_()
+    with torch.enable_grad():
+        moments = absolute_moments(nu, 2).log()
+        errors = torch.stack(relative_moment_errors(nu)).log()
+        values = [nu, *moments, *errors]
+        slopes = torch.stack([torch.autograd.grad(v.sum(), nu, retain_graph=True)[0] for v in values])
+    rising = -_log_ratio(nu.detach())
+    y, m = torch.stack(values).detach(), slopes / -log_ratio_slope(nu.detach())
+    width = rising.diff()
+    chord = y.diff() / width
+    left, right = m[:, :-1], m[:, 1:]
+    second, third = (3 * chord - 2 * left - right) / width, (left + right - 2 * chord) / width.square()
+    return rising, torch.stack([y[:, :-1], left, second, third])
