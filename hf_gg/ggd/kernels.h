@@ -152,8 +152,8 @@ TARGET static void NAME(moments)(const job *j, int64_t begin, int64_t end, doubl
   out[3] = (double)(signs[0] + signs[1] + signs[2] + signs[3]) + tail[3];
   out[4] = NAME(total)(sums[1]) + tail[4];
   out[5] = second + tail[5];
-  out[6] = NAME(total)(sums[3]) + tail[6];
-  out[7] = NAME(total)(sums[4]) + tail[7];
+  out[6] = higher ? NAME(total)(sums[3]) + tail[6] : 0.0;
+  out[7] = higher ? NAME(total)(sums[4]) + tail[7] : 0.0;
   out[8] = tail[8], out[9] = tail[9];
   for (int lane = 0; lane < 4; lane++) {
     if (sums[5][lane] < out[8]) out[8] = sums[5][lane];
