@@ -116,14 +116,14 @@ EXPORT int64_t hf_gg_ggd_moments(int64_t isa, int64_t threads, int64_t jobs, con
   return run(function, threads, jobs, j, 10, 1, out);
 }
 
-/* `jobs` have ν, α, μ and whether the score is wanted; `out` is [jobs, 6], see kernels.h. */
+/* `jobs` have ν, α, μ and whether the score is wanted; `out` is [jobs, 7], see kernels.h. */
 EXPORT int64_t hf_gg_ggd_powers(int64_t isa, int64_t threads, int64_t jobs, const job *j, double *out) {
   chunk_function *function = powers_portable;
 #ifdef HF_GG_X86
   if (isa > 0) function = powers_avx2;
 #endif
   (void)isa;
-  return run(function, threads, jobs, j, 6, 0, out);
+  return run(function, threads, jobs, j, 7, 0, out);
 }
 
 /* One job of center, half width and two shapes. `near` gets the first `capacity` of the values that are near, in no

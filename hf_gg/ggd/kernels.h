@@ -172,7 +172,7 @@ TARGET INLINE int64_t NAME(pad)(double *w, int64_t count, double value) {
 
 TARGET INLINE void NAME(add_powers)(const double *w, int64_t pairs, double nu, double inverse, double mu, int score,
                                     vec *sums) {
-  vec total[6];
+  vec total[7];
   const vec tiny = (vec){0} + 0x1p-1022;
   memcpy(total, sums, sizeof total);
   for (int64_t i = 0; i < pairs; i++) {
@@ -188,7 +188,9 @@ TARGET INLINE void NAME(add_powers)(const double *w, int64_t pairs, double nu, d
     PAIR p[u] = (vec)(some[u] & (lanes)p[u]);
     if (score) {
       PAIR z[u] = p[u] / z[u];
-      PAIR total[5] += (vec)((bits)z[u] | ((bits)d[u] & 0x8000000000000000u));
+      PAIR z[u] = (vec)((bits)z[u] | ((bits)d[u] & 0x8000000000000000u));
+      PAIR total[5] += z[u];
+      PAIR total[6] += z[u] * l[u];
     }
     PAIR total[0] += p[u];
 #pragma GCC unroll 4
@@ -200,11 +202,12 @@ TARGET INLINE void NAME(add_powers)(const double *w, int64_t pairs, double nu, d
   memcpy(sums, total, sizeof total);
 }
 
-/* Of values [begin, end): Σz^ν lnᵏz for k = 0 … 4, z = |w - μ| / α, and Σ sign(w - μ) z^(ν-1) if that is asked for. */
+/* Of values [begin, end): Σz^ν lnᵏz for k = 0 … 4, z = |w - μ| / α, and if they are asked for Σ sign(w - μ) z^(ν-1) lnᵏz
+   for k = 0, 1. */
 TARGET static void NAME(powers)(const job *j, int64_t begin, int64_t end, double *out) {
   const double nu = j->parameters[0], inverse = 1.0 / j->parameters[1], mu = j->parameters[2];
   double w[BLOCK];
-  vec sums[6] = {{0}};
+  vec sums[7] = {{0}};
   for (int64_t at = begin; at < end; at += BLOCK) {
     int64_t count = end - at < BLOCK ? end - at : BLOCK;
     NAME(load)(j->x, j->dtype, at, count, w);
@@ -214,7 +217,7 @@ TARGET static void NAME(powers)(const job *j, int64_t begin, int64_t end, double
     else
       NAME(add_powers)(w, pairs, nu, inverse, mu, 0, sums);
   }
-  for (int k = 0; k < 6; k++) out[k] = NAME(total)(sums[k]);
+  for (int k = 0; k < 7; k++) out[k] = NAME(total)(sums[k]);
 }
 
 /* --- location --- */

@@ -75,11 +75,11 @@ def moments(rows: Sequence[torch.Tensor], pivots: np.ndarray, higher: bool) -> n
 def powers(
     rows: Sequence[torch.Tensor], nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor, score: torch.Tensor | bool
 ) -> np.ndarray:
-    """Σ z^ν lnᵏz for k = 0 … 4, z = |w - μ| / α, and Σ sign(w - μ) z^(ν-1) where `score`; float64 [all rows, 6]."""
+    """Σ z^ν lnᵏz, k = 0 … 4, z = |w - μ| / α; where `score`, Σ sign(w - μ) z^(ν-1) lnᵏz, k = 0, 1; [all rows, 7]."""
     jobs = _jobs(rows)
     for column, values in enumerate((nu, alpha, mu, score)):
         jobs["parameters"][:, column] = values
-    return _call("hf_gg_ggd_powers", jobs, 6)
+    return _call("hf_gg_ggd_powers", jobs, 7)
 
 
 def near(x: torch.Tensor, center: float, half: float, shapes: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:

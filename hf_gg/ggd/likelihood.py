@@ -135,7 +135,7 @@ def _fit_long(sources: Sequence[_Row | _Stream], n: torch.Tensor, loc: float | N
         cusped = state.to_locate() & (state.shape_step < 0.05)
         for row in cusped.nonzero().flatten().tolist():
             source = sources[int(left[row])]
-            state.put(cusp_location(source, state.profile(row), source.sample(_MEDIAN_SAMPLE)), row)
+            state.put(*cusp_location(source, state.profile(row), source.sample(_MEDIAN_SAMPLE)), row)
         result[:, left] = state.stack()
         going = ~(state.settled(_CLOSE, 3e-7) & ((state.nu >= CUSPED) | ~state.free | state.clamped))
         if not bool(going.any()):
@@ -192,7 +192,7 @@ def _solve_block(
         if not cusped:
             break
         for i in cusped:
-            state.put(cusp_location(_Row(w[i]), state.profile(i), w[i], whole=True), i)
+            state.put(*cusp_location(_Row(w[i]), state.profile(i), w[i], whole=True), i)
     return state.stack()
 
 
@@ -214,11 +214,11 @@ class _State:
         self.steps = 0
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def put(self, mu: float, row: int = 0) -> None:
-        """Settle the location of a row."""
+    def put(self, mu: float, nu: float, row: int) -> None:
+        """Settle the location of a row, which is the best one at the shape `nu`."""
         self.mu[row] = mu
         self.free[row] = False
-        self.nu_located[row] = self.nu[row]
+        self.nu_located[row] = nu
         self.loc_left[row] = 0.0
         self.shape_step[row] = torch.inf
 
@@ -255,15 +255,12 @@ class _State:
         return (self.shape_step < tolerance) & (left < loc_tolerance)
 
     def step(self, table: torch.Tensor, score: torch.Tensor) -> None:
-        """Move by S and its derivatives [5, rows], of |d| / `alpha`, and by the score Σ sign(d) |d|^(ν-1) [rows]."""
+        """Move by S and its derivatives [5, rows], of |d| / `alpha`, and by Σ sign(d) |d|^(ν-1) ln^k |d| [2, rows]."""
         old = self.nu
         slope_nu = old / self.alpha  # score is in units of alpha, at the old shape
         mean_power = table[0] / self.n * old  # (α_best / alpha)^ν at the old shape
-        gradient = slope_nu * score / mean_power
-        self.nu, ratio, self.clamped = _solve_profile(self.n, old, table)
-        self.alpha = self.alpha * ratio
-        self.shape_step = (self.nu - old).abs() / old
-        error = likelihood_errors(self.nu, self.alpha, self.n)[0]
+        gradient = slope_nu * score[0] / mean_power
+        error = likelihood_errors(old, self.alpha, self.n)[0]
         expected = error.square().reciprocal()
         curvature = expected
         if self.last is not None:
@@ -272,10 +269,16 @@ class _State:
             secant = (measured > 0.1 * expected) & (measured < 10 * expected)
             curvature = torch.where(secant, measured, expected)
         move = self._within(gradient / curvature, gradient)
-        move = torch.where(self.free & (self.nu >= CUSPED), move, 0.0)
+        move = torch.where(self.free & (old >= CUSPED), move, 0.0)
         self.last = (self.mu.clone(), gradient)
         self.mu = self.mu + move
         self.loc_left = (move / error).abs() / self.n
+        # S and S' at the new location; the square of a small step is nothing beside the rounding of the shape
+        u = torch.where(self.loc_left * self.n < 1, move / self.alpha, 0.0)
+        moved = torch.cat([(table[0] - u * old * score[0])[None], (table[1] - u * (old * score[1] + score[0]))[None]])
+        self.nu, ratio, self.clamped = _solve_profile(self.n, old, torch.cat([moved, table[2:]]))
+        self.alpha = self.alpha * ratio
+        self.shape_step = (self.nu - old).abs() / old
 
     def _within(self, move: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The step, or half of the bracket's width: secants end slowly where few values make steps of the score."""
@@ -294,15 +297,16 @@ class _State:
 
 
 def _power_sums(w: torch.Tensor, nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Σ z^ν ln^k z for k = 0 … 4, z = |w - μ| / α, [5, rows], and Σ sign(w - μ) z^(ν-1), [rows]; float64."""
+    """Σ z^ν ln^k z, k = 0 … 4, z = |w - μ| / α, [5, rows]; Σ sign(w - μ) z^(ν-1) ln^k z, k = 0, 1, [2, rows]."""
     if kernels.suits(w):
         found = torch.from_numpy(kernels.powers([w], nu, alpha, mu, True)).T
-        return found[:_ORDERS], found[_ORDERS]
+        return found[:_ORDERS], found[_ORDERS:]
     d = w - mu[:, None]
     log = (d.abs() / alpha[:, None]).log_()
     power = (log * nu[:, None]).exp_()
     log.clamp_(min=_LOG_MIN)
-    score = torch.where(d == 0, 0.0, power / d).sum(-1) * alpha
+    pull = torch.where(d == 0, 0.0, power / d)
+    score = torch.stack([pull.sum(-1), (pull * log).sum(-1)]) * alpha
     table = [power.sum(-1)]
     for _ in range(_ORDERS - 1):
         power = power * log
@@ -311,8 +315,8 @@ def _power_sums(w: torch.Tensor, nu: torch.Tensor, alpha: torch.Tensor, mu: torc
 
 
 def _read_all(sources: Sequence[_Row | _Stream], state: _State) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_power_sums` of long rows, one reading of each, [5, rows] and [rows]; all that suit the kernels in one call."""
-    table = torch.empty(_ORDERS + 1, len(sources), dtype=torch.float64)
+    """`_power_sums` of long rows, one reading of each; all that suit the kernels in one call."""
+    table = torch.empty(_ORDERS + 2, len(sources), dtype=torch.float64)
     rows = [s.x[None] if isinstance(s, _Row) and kernels.suits(s.x[None]) else None for s in sources]
     fast = [i for i, x in enumerate(rows) if x is not None]
     if fast:
@@ -322,14 +326,14 @@ def _read_all(sources: Sequence[_Row | _Stream], state: _State) -> tuple[torch.T
     for i, x in enumerate(rows):
         if x is None:
             own_table, score = _read(sources[i], *(float(t[i]) for t in (state.nu, state.alpha, state.mu, state.free)))
-            table[:_ORDERS, i], table[_ORDERS, i] = own_table, score
-    return table[:_ORDERS], table[_ORDERS]
+            table[:_ORDERS, i], table[_ORDERS:, i] = own_table, score
+    return table[:_ORDERS], table[_ORDERS:]
 
 
 def _read(
     source: Callable[[], Iterator[torch.Tensor]], nu: float, alpha: float, mu: float, with_score: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_power_sums` of a long row in one reading, [5] and 0-d: float32 in a block, or float64 where that overflows."""
+    """`_power_sums` of a long row in one reading, [5] and [2]: float32 in a block, or float64 where that overflows."""
     for wide in (False, True):
         found = []
         for stored in source():
@@ -343,7 +347,7 @@ def _read(
         sums = torch.stack(found).to("cpu", torch.float64).sum(0)
         if bool(sums.isfinite().all()):
             break
-    return sums[:_ORDERS], sums[_ORDERS]
+    return sums[:_ORDERS], sums[_ORDERS:]
 
 
 def _read_block(
@@ -361,17 +365,18 @@ def _read_block(
     torch.mul(log, nu, out=power).exp_()
     log.clamp_(min=_LOG_MIN)
     sums = [power.sum()]
-    score = power.new_zeros(())
+    score = [power.new_zeros(())] * 2
     if with_score:
         # z^ν / 0 is 0 here, as ν > 1
-        score = torch.div(power, d.add_(torch.finfo(dtype).tiny), out=d).sum() * alpha
+        torch.div(power, d.add_(torch.finfo(dtype).tiny), out=d)
+        score = [d.sum() * alpha, torch.dot(d, log) * alpha]
     power.mul_(log)
     sums += [power.sum(), torch.dot(power, log)]
     power.mul_(log)
     sums.append(torch.dot(power, log))
     power.mul_(log)
     sums.append(torch.dot(power, log))
-    return torch.stack([*sums, score])
+    return torch.stack([*sums, *score])
 
 
 def _solve_profile(

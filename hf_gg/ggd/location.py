@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ _ORDERS = 9
 _FEW = 8
 _CHILDREN = (-0.75, -0.25, 0.25, 0.75)
 _MOST_CELLS = 20_000
-# Log-likelihood that another shape may give to a location which is worse at this one: 100 / n, and no more than this.
-_SLACK = 0.05
+# Log-likelihood that another shape may give to a location which is worse at this one: at first 100 / n, at most this.
+_MOST_SLACK = 0.5
 _COARSE = 1024
 
 
@@ -54,7 +55,7 @@ class Profile:
 
 def cusp_location(
     source: Callable[[], Iterator[torch.Tensor]], profile: Profile, sample: torch.Tensor, whole: bool = False
-) -> float:
+) -> tuple[float, float]:
     """The location μ of the greatest likelihood, for a shape below about 1.1.
 
     Below 1 it is the value of the data for which the likelihood is greatest after ν follows (to second order).
@@ -65,6 +66,9 @@ def cusp_location(
         profile: of a good shape, to within its standard error.
         sample: values from everywhere, float64 on the CPU [m].
         whole: `sample` are all values; the best of all of them is found.
+
+    Returns:
+        The location, and the shape that should be the best one there.
     """
     values, m = sample.numpy(), len(sample)
     ends = float(values.min()), float(values.max())
@@ -78,17 +82,17 @@ def cusp_location(
     for _ in range(6):
         center, half = low / 2 + high / 2, high / 2 - low / 2
         if half == 0:  # a large share of the values is the same one
-            return center
+            return center, profile.nu
         shapes = (profile.nu, profile.nu + profile.error)
         if whole:
             near, far = (values - center) / half, np.zeros((2, _ORDERS))
         else:
             near, far = _read(source, center, half, shapes)
-        best = _Search(near, far, shapes).best(profile, half)
+        best, nu = _Search(near, far, shapes).best(profile, half)
         if whole or abs(best) < 0.9 or half > ends[1] - ends[0]:
             break
         low, high = center - 4 * half, center + 4 * half
-    return center + half * best
+    return center + half * best, nu
 
 
 def _coarse(values: np.ndarray, nu: float) -> int:
@@ -147,19 +151,31 @@ class _Search:
         self.values, self.far, self.shapes = values, far, shapes
         self.binomials = _binomials(shapes)
 
-    def best(self, profile: Profile, half: float) -> float:
-        """The best location in the interval's units."""
+    def best(self, profile: Profile, half: float) -> tuple[float, float]:
+        """The best location in the interval's units, and the shape that should be the best one there."""
         unit = (profile.alpha / half) ** profile.nu  # cost of one unit of log-likelihood
-        places, costs = self.candidates(min(_SLACK, 100 / profile.n) * unit)
-        if profile.nu >= 1:
-            return self._between(places[int(costs[0].argmin())])
-        # the likelihood at both shapes, then at the best shape of each place; its curvature is the known one
-        n, nus = profile.n, np.array(self.shapes)[:, None]
-        likelihood = -(n / nus) * np.log(costs)
-        slope = (likelihood[1] - likelihood[0]) / profile.error
-        # slopes are relative to that of the best place, which is about the middle of a step at a maximum in ν
-        slope = slope - slope[int(costs[0].argmin())]
-        return float(places[int((likelihood[0] + slope**2 * profile.error**2 / 2).argmax())])
+        n, error, nus = profile.n, profile.error, np.array(self.shapes)[:, None]
+        gammas = np.array([[math.lgamma(1 / nu)] for nu in self.shapes])
+        slack = 100 / n
+        while True:
+            places, costs = self.candidates(slack * unit)
+            # the likelihood at both shapes, then at the best shape of each place; its curvature is the known one
+            level = np.log(nus * costs / n) + nus * math.log(half)
+            likelihood = n * (np.log(nus) - gammas - (1 + level) / nus)
+            slope = (likelihood[1] - likelihood[0]) / error + 0.5 / error
+            gain = slope**2 * error**2 / 2
+            i = int(costs[0].argmin())
+            if profile.nu >= 1:
+                place = self._between(places[i])
+                break
+            # where another shape may make up for more than was allowed for, look farther
+            if float((gain - gain[i]).max()) < slack / 2 or slack >= _MOST_SLACK:
+                i = int((likelihood[0] + gain).argmax())
+                place = float(places[i])
+                break
+            slack = min(8 * slack, _MOST_SLACK)
+        change = float(slope[i]) * error**2
+        return place, profile.nu + (change if abs(change) < 0.5 * error else 0.0)
 
     def candidates(self, slack: float) -> tuple[np.ndarray, np.ndarray]:
         """The values whose cost for the first shape is within `slack` of the least, and their costs [2, k]."""
