@@ -207,6 +207,8 @@ class _State:
         # the shape for which a location with cusps was found; NaN before, infinite where the location is given
         self.nu_located = torch.where(free, torch.nan, torch.inf).double()
         self.shape_step = torch.full_like(nu, torch.inf)
+        # of the likelihood in ν at its maximum
+        self.curvature = torch.zeros_like(nu)
         # about what the last step of the location changes in ν, relatively
         self.loc_left = torch.where(free, torch.inf, 0.0).double()
         # where the score changes its sign, at a settled shape
@@ -224,20 +226,24 @@ class _State:
 
     def to_locate(self) -> torch.Tensor:
         """The rows whose location has cusps and is not yet the best one for about this shape."""
-        error = likelihood_errors(self.nu, self.alpha, self.n)[2]
-        near = (self.nu - self.nu_located).abs() < 0.05 * error
+        near = (self.nu - self.nu_located).abs() < 0.05 * self.shape_error()
         return (self.nu < CUSPED) & ~near & ~self.nu_located.isinf() & ~self.clamped
 
     def profile(self, row: int) -> Profile:
         """What `cusp_location` wants to know of a row."""
-        n, nu, alpha = self.n[row], self.nu[row], self.alpha[row]
-        return Profile(float(n), float(nu), float(alpha), float(likelihood_errors(nu, alpha, n)[2]))
+        n, nu, alpha, error = (float(t[row]) for t in (self.n, self.nu, self.alpha, self.shape_error()))
+        return Profile(n, nu, alpha, error)
+
+    def shape_error(self) -> torch.Tensor:
+        """Standard errors of ν by the data's own curvature, which is not the law's where another law is theirs."""
+        expected = likelihood_errors(self.nu, self.alpha, self.n)[2]
+        return torch.where(self.curvature < 0, self.curvature.abs().rsqrt(), expected)
 
     def take(self, rows: torch.Tensor) -> _State:
         """Some of the rows."""
         new = _State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
         new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
-        new.nu_located = self.nu_located[rows]
+        new.nu_located, new.curvature = self.nu_located[rows], self.curvature[rows]
         new.low, new.high, new.steps = self.low[rows], self.high[rows], self.steps
         new.last = None if self.last is None else (self.last[0][rows], self.last[1][rows])
         return new
@@ -276,7 +282,7 @@ class _State:
         # S and S' at the new location; the square of a small step is nothing beside the rounding of the shape
         u = torch.where(self.loc_left * self.n < 1, move / self.alpha, 0.0)
         moved = torch.cat([(table[0] - u * old * score[0])[None], (table[1] - u * (old * score[1] + score[0]))[None]])
-        self.nu, ratio, self.clamped = _solve_profile(self.n, old, torch.cat([moved, table[2:]]))
+        self.nu, ratio, self.clamped, self.curvature = _solve_profile(self.n, old, torch.cat([moved, table[2:]]))
         self.alpha = self.alpha * ratio
         self.shape_step = (self.nu - old).abs() / old
 
@@ -381,8 +387,8 @@ def _read_block(
 
 def _solve_profile(
     n: torch.Tensor, start: torch.Tensor, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The shape, the scale in units of the table's, and whether the shape is clamped, [rows] each.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The shape, the scale in units of the table's, whether the shape is clamped, and the curvature, [rows] each.
 
     S is a Taylor series about `start`, so that a step is at most a fifth of it.
     """
@@ -404,7 +410,7 @@ def _solve_profile(
             break
     s = _taylor(table, nu - start, 0)
     at_end = ((nu <= SHAPE_MIN) & (value < 0)) | ((nu >= SHAPE_MAX) & (value > 0))
-    return nu, ((nu * s / n).log() / nu).exp(), at_end
+    return nu, ((nu * s / n).log() / nu).exp(), at_end, n / nu * slope
 
 
 def _taylor(table: torch.Tensor, delta: torch.Tensor, derivative: int) -> torch.Tensor:

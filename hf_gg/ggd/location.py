@@ -6,7 +6,8 @@ than their distance to the cell, so that a whole cell is passed over as soon as 
 From 1 on the sum is convex and has one minimum, between two values next to each other.
 
 Short rows are searched as a whole. In a long one the interval is what the median of a sample can err by, or that of
-another place which a coarse look at the whole range likes better; it is widened while the best is found near its end.
+another place which a coarse look at the whole range likes better; it is widened until the likelihood is low at both of
+its ends.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _MOST_CELLS = 20_000
 # Log-likelihood that another shape may give to a location which is worse at this one: at first 100 / n, at most this.
 _MOST_SLACK = 0.5
 _COARSE = 1024
+# Log-likelihood that is missing at the ends of an interval when nothing is looked for beyond.
+_SURE = 8.0
 
 
 @dataclass
@@ -76,7 +79,8 @@ def cusp_location(
     if whole:
         values = np.sort(values)
     else:
-        middle, reach = _coarse(values, profile.nu), int(m**0.5) + 1
+        # what the median of a sample errs by, and then the location of all values
+        middle, reach = _coarse(values, profile.nu), int(max(m**0.5, 2.5 * m / profile.n**0.5)) + 1
         places = max(middle - reach, 0), min(middle + reach, m - 1)
         low, high = (float(v) for v in np.partition(values, places)[list(places)])
     for _ in range(6):
@@ -88,11 +92,29 @@ def cusp_location(
             near, far = (values - center) / half, np.zeros((2, _ORDERS))
         else:
             near, far = _read(source, center, half, shapes)
-        best, nu = _Search(near, far, shapes).best(profile, half)
-        if whole or abs(best) < 0.9 or half > ends[1] - ends[0]:
+        search = _Search(near, far, shapes)
+        best, nu = search.best(profile, half)
+        if whole or half > ends[1] - ends[0] or search.ends_are_worse(best, profile):
             break
         low, high = center - 4 * half, center + 4 * half
-    return center + half * best, nu
+    mu = center + half * best
+    return mu if profile.nu >= 1 else _nearest(source, values if whole else None, mu), nu
+
+
+def _nearest(source: Callable[[], Iterator[torch.Tensor]], values: np.ndarray | None, mu: float) -> float:
+    """The value of the data that μ is but for rounding, which for small shapes costs likelihood."""
+    if values is not None:
+        return float(values[np.abs(values - mu).argmin()])
+    x = getattr(source, "x", None)
+    if x is not None and x.dtype != torch.float64:
+        return float(torch.tensor(mu, dtype=torch.float64).to(x.dtype))
+    found = mu, math.inf
+    for block in source():
+        distances = (block.double() - mu).abs()
+        i = int(distances.argmin())
+        if float(distances[i]) < found[1]:
+            found = float(block[i]), float(distances[i])
+    return found[0]
 
 
 def _coarse(values: np.ndarray, nu: float) -> int:
@@ -163,8 +185,10 @@ class _Search:
             level = np.log(nus * costs / n) + nus * math.log(half)
             likelihood = n * (np.log(nus) - gammas - (1 + level) / nus)
             slope = (likelihood[1] - likelihood[0]) / error + 0.5 / error
-            gain = slope**2 * error**2 / 2
+            gain = (slope * error).clip(-2, 2) ** 2 / 2
             i = int(costs[0].argmin())
+            if abs(slope[i] * error) > 1:  # too far for that: the best place for this shape, and then another shape
+                return self._between(places[i]) if profile.nu >= 1 else float(places[i]), profile.nu
             if profile.nu >= 1:
                 place = self._between(places[i])
                 break
@@ -176,6 +200,17 @@ class _Search:
             slack = min(8 * slack, _MOST_SLACK)
         change = float(slope[i]) * error**2
         return place, profile.nu + (change if abs(change) < 0.5 * error else 0.0)
+
+    def ends_are_worse(self, best: float, profile: Profile) -> bool:
+        """Whether the values at the ends of the interval are worse by so much that there can be nothing beyond."""
+        first, last = np.searchsorted(self.values, np.array([-1.0, 1.0]))
+        own = self.values[first:last]
+        places = np.unique(np.r_[best, own[:3], own[-3:]])
+        cost = _sums(self.values, places, self.shapes[0]) + np.polynomial.polynomial.polyval(places, self.far[0])
+        least = cost[places == best][0]
+        others = cost[places != best]
+        drop = profile.n / profile.nu * np.log(others / least)
+        return bool((drop > _SURE).all())
 
     def candidates(self, slack: float) -> tuple[np.ndarray, np.ndarray]:
         """The values whose cost for the first shape is within `slack` of the least, and their costs [2, k]."""
@@ -250,6 +285,15 @@ class _Search:
             pull += np.polynomial.polynomial.polyval((u - c) / h, local)
             low, high = (u, high) if pull < 0 else (low, u)
         return float((low + high) / 2)
+
+
+def _sums(values: np.ndarray, places: np.ndarray, nu: float) -> np.ndarray:
+    """Σ|v - u|^ν for some places u."""
+    if not kernels.available():
+        return np.array([np.exp(nu * _logs(np.abs(values - u))).sum() for u in places])
+    ones = torch.ones(len(places), dtype=torch.float64)
+    row = torch.from_numpy(values)[None]
+    return kernels.powers([row] * len(places), nu * ones, ones, torch.from_numpy(places), False)[:, 0]
 
 
 def _cell(values: np.ndarray, center: float, half: float, shapes: tuple[float, float]) -> tuple[float, np.ndarray]:
