@@ -9,7 +9,7 @@
 #define PAIR for (int u = 0; u < 2; u++)
 
 /* A chunk is what a thread takes at once; a block of it is converted to float64 in the first cache. */
-enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16, CHUNK = 1 << 15, BLOCK = 512, ORDERS = 9 };
+enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16, CHUNK = 1 << 15, BLOCK = 512, ORDERS = 9, FEWER_ORDERS = 5 };
 #define FAR 6.0
 
 typedef double vec __attribute__((vector_size(32)));

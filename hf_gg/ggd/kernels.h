@@ -222,7 +222,7 @@ TARGET static void NAME(powers)(const job *j, int64_t begin, int64_t end, double
 /* --- location --- */
 
 /* Of values [begin, end), with z = (w - center) / half: those with |z| ≤ FAR are written down, and Σ(|z| - 1)^ν of those
-   with |z| > 1 among them is summed for the first of two shapes ν; from the others, for both, Σ|z|^ν z^-k, k = 0 … 8. */
+   with |z| > 1 among them is summed for the first of two shapes ν; from the others, for both, Σ|z|^ν z^-k, k = 0 … 8 and 0 … 4. */
 TARGET static void NAME(near)(const job *j, int64_t begin, int64_t end, double *out) {
   const double center = j->parameters[0], inverse = 1.0 / j->parameters[1];
   const double nu[2] = {j->parameters[2], j->parameters[3]};
@@ -252,7 +252,8 @@ TARGET static void NAME(near)(const job *j, int64_t begin, int64_t end, double *
         NAME(exponential)(x, p);
         if (which == 0) PAIR gaps += (vec)(beside[u] & (lanes)p[u]);
         PAIR p[u] = (vec)(outside[u] & (lanes)p[u]);
-        for (int k = 0; k < ORDERS; k++) {
+#pragma GCC unroll 9
+        for (int k = 0; k < (which ? FEWER_ORDERS : ORDERS); k++) {
           sums[which][k] += p[0] + p[1];
           PAIR p[u] *= z[u];
         }

@@ -83,7 +83,10 @@ def powers(
 
 
 def near(x: torch.Tensor, center: float, half: float, shapes: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """With z = (w - center) / half of a dense row: all |z| ≤ 6, sorted, and Σ|z|^ν z^-k of the others, [2, 9]."""
+    """With z = (w - center) / half of a dense row: all |z| ≤ 6, sorted, and Σ|z|^ν z^-k of the others, [2, 9].
+
+    Of the second shape, which only says how much another one would change, the orders from 5 on are 0.
+    """
     capacity = 1 << 16
     while True:
         values = np.empty(capacity)
@@ -94,7 +97,10 @@ def near(x: torch.Tensor, center: float, half: float, shapes: tuple[float, float
 
 
 def cell(values: np.ndarray, center: float, half: float, shapes: tuple[float, float]) -> tuple[float, np.ndarray]:
-    """With z = (w - center) / half: Σ max(|z| - 1, 0)^ν over |z| ≤ 6 for the first ν, Σ|z|^ν z^-k of the others."""
+    """With z = (w - center) / half: Σ max(|z| - 1, 0)^ν over |z| ≤ 6 for the first ν, Σ|z|^ν z^-k of the others.
+
+    See `near`.
+    """
     _, sums = _near(values.ctypes.data, len(values), 0, (center, half, *shapes), np.empty(0))
     return float(sums[-1]), sums[:-1].reshape(2, 9)
 
