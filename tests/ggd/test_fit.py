@@ -190,7 +190,7 @@ def test_location_of_data_of_another_law(kind, count):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [0.8, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("shape", [0.6, 0.8, 1.0, 2.0, 4.0])
 def test_standard_errors_by_simulation(method, shape):
     x = draws(shape, 300 * 1200).view(300, 1200)
     with warnings.catch_warnings():
@@ -200,8 +200,7 @@ def test_standard_errors_by_simulation(method, shape):
     for name in ("scale", "shape", "loc"):
         spread = float(getattr(f, name)[inside].std())
         claimed = float(getattr(f, f"{name}_stderr")[inside].median())
-        bound = name == "loc" and method == "mle" and shape < 1
-        assert (0.3 if bound else 0.87) < spread / claimed < 1.16, name
+        assert 0.84 < spread / claimed < 1.19, name
 
 
 @pytest.mark.parametrize("method", METHODS)
