@@ -23,7 +23,11 @@ Decoder = Callable[[Entry, Mapping[str, Entry], str | None], Entry | None]
 
 
 def decode_entry(entry: Entry, entries: Mapping[str, Entry], weight_format: str | None) -> Entry:
-    """The entry of the decoded weights if `entry` holds codes of this package, else the entry itself."""
+    """The entry of the decoded weights if `entry` holds codes of this package, else the entry itself.
+
+    Raises:
+        ValueError: the header of coded weights is damaged.
+    """
     for decoder in DECODERS:
         found = decoder(entry, entries, weight_format)
         if found is not None:
@@ -51,10 +55,7 @@ def row_codes(entry: Entry, entries: Mapping[str, Entry], weight_format: str | N
         return dataclasses.replace(entry, reason=f"codes {known}, which this version cannot decode")
     shape, coded = entry.shape, len(entry.shape) == 1
     if coded:
-        try:
-            shape = tuple(coding.info(_read(entry), _where(entry)).shape)
-        except ValueError:  # said again when it is read
-            shape = scale.shape
+        shape = tuple(coding.info(_read(entry), _where(entry)).shape)
     if len(shape) == len(scale.shape) + 1 and shape[-1] == 1:
         shape = shape[:-1]
     outliers = [entries[name] for name in (f"{entry.name}{suffix}" for suffix in OUTLIERS) if name in entries]
@@ -72,15 +73,10 @@ def coded_floats(entry: Entry, entries: Mapping[str, Entry], weight_format: str 
     """Floats on a grid that are coded without loss: one 1-D payload of `hf_gg.coding.levels`."""
     if entry.stored != "uint8" or len(entry.shape) != 1:
         return None
-    try:
-        payload = _read(entry)
-        if not is_levels(payload):
-            return None
-        dtype, shape = read_levels_header(payload, _where(entry))
-    except ValueError as error:
-        return dataclasses.replace(
-            entry, stored="coded", shape=(1, 1), reason=None, read=functools.partial(_fail, error)
-        )
+    payload = _read(entry)
+    if not is_levels(payload):
+        return None
+    dtype, shape = read_levels_header(payload, _where(entry))
     return dataclasses.replace(
         entry,
         shape=tuple(shape),
@@ -126,10 +122,6 @@ def _check_size(shape: tuple[int, ...], where: str) -> None:
     """Before memory is taken: a payload of some bytes may promise terabytes."""
     if 4 * math.prod(shape) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise ValueError(f"{where} is coded with the shape {list(shape)}, more than memory holds: it is damaged.")
-
-
-def _fail(error: ValueError) -> torch.Tensor:
-    raise error
 
 
 def _read(entry: Entry) -> torch.Tensor:

@@ -95,7 +95,13 @@ class TensorSource:
                 message = f"{tensor} should be in {shard} by the index, and is not: download or save it again."
                 self.problems.append(Problem(shard, tensor, message))
             found[tensor] = Entry(tensor, (), "?", shard, 0, reason)
-        entries = [decode_entry(entry, found, self.weight_format) for entry in found.values()]
+        entries = []
+        for entry in found.values():
+            try:
+                entries.append(decode_entry(entry, found, self.weight_format))
+            except ValueError as error:
+                self.problems.append(Problem(entry.file, entry.name, str(error)))
+                entries.append(Entry(entry.name, (), "?", entry.file, 0, "damaged, see the errors"))
         self.release()  # of coded tensors the headers were read
         return entries
 
