@@ -36,7 +36,7 @@ _MOST_CELLS = 20_000
 _MOST_SLACK = 0.5
 _COARSE = 1024
 # Log-likelihood that is missing at the ends of an interval when nothing is looked for beyond.
-_SURE = 8.0
+_SURE = 5.0
 
 
 @dataclass
@@ -80,7 +80,7 @@ def cusp_location(
         values = np.sort(values)
     else:
         # what the median of a sample errs by, and then the location of all values
-        middle, reach = _coarse(values, profile.nu), int(max(m**0.5, 2.5 * m / profile.n**0.5)) + 1
+        middle, reach = _coarse(values, profile.nu), int(max(1.5 * m**0.5, 2.5 * m / profile.n**0.5)) + 1
         places = max(middle - reach, 0), min(middle + reach, m - 1)
         low, high = (float(v) for v in np.partition(values, places)[list(places)])
     for _ in range(6):

@@ -168,7 +168,9 @@ def _tensors(report: Report) -> str:
 
 def _columns(report: Report) -> str:
     found = {
-        column.title: column.help for column in [*label_columns(), *tensor_columns(report), *kind_columns(report)]
+        # of a column that both tables have, what it is of a tensor
+        column.title: column.help
+        for column in [*label_columns(), *kind_columns(report), *tensor_columns(report)]
     }
     items = "".join(f"<dt>{escape(title)}</dt><dd>{escape(help)}</dd>" for title, help in found.items())
     return f"""<section aria-labelledby="columns">
