@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--file", help="the file to take where there are several, or a pattern such as '*Q4_K_M.gguf'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--plot", metavar="OUT.png", type=Path, help="write a picture (needs matplotlib)")
-    parser.add_argument("--html", metavar="OUT.html", type=Path, help="write a page, one file")
+    parser.add_argument("--plot", metavar="OUT.png", type=_png, help="write a picture (needs matplotlib)")
+    parser.add_argument("--html", metavar="OUT.html", type=_page, help="write a page, one file")
     parser.add_argument(
         "--snr", type=_decibel, default=30.0, help="error of the predicted bits, dB (default 30, at most 150)"
     )
@@ -128,6 +128,21 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _png(text: str) -> Path:
+    return _ending(text, (".png",))
+
+
+def _page(text: str) -> Path:
+    return _ending(text, (".html", ".htm"))
+
+
+def _ending(text: str, endings: tuple[str, ...]) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in endings:
+        raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(endings)}, which is what is written")
+    return path
 
 
 def _positive(text: str) -> float:

@@ -6,6 +6,8 @@ import torch
 
 
 METHODS = ("moments", "mle")
+# Magnitudes whose fourth powers float64 holds.
+SMALLEST, LARGEST = 1e-75, 1e75
 
 
 class FitError(ValueError):
@@ -27,6 +29,8 @@ def check_tensor(x: torch.Tensor, name: str) -> None:
         if x.dtype in (torch.uint8, torch.int8):
             remedy = "decode quantized codes, or convert them with .float()"
         raise TypeError(f"{name} must be floating point, got {x.dtype}: {remedy}.")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {x.layout}: convert it with .to_dense().")
     if x.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and has no values: load the weights first.")
 
@@ -62,3 +66,19 @@ def no_fit_reason(n: int, nonfinite: int, low: float, high: float, loc: float | 
     if low == high and (loc is None or loc == low):
         return f"all {n} values equal {low:g}: there is no scale or shape to fit."
     return None
+
+
+def out_of_range(low: float, high: float) -> bool:
+    """Whether powers of values with these extremes leave float64."""
+    peak = max(abs(low), abs(high))
+    return peak > LARGEST or 0 < peak < SMALLEST
+
+
+def range_reason(low: float, high: float) -> str | None:
+    """Why a stream of values with these extremes has no fit, or None."""
+    if not out_of_range(low, high):
+        return None
+    return (
+        f"its values reach {max(abs(low), abs(high)):g}, and float64 holds their powers from {SMALLEST:g} to "
+        f"{LARGEST:g} alone: multiply them by a number."
+    )

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .checks import FitError, check_loc, check_tensor, no_fit_reason
+from .checks import FitError, check_loc, check_tensor, no_fit_reason, range_reason
 from .result import GGDFit
 from .scan import SAMPLE, Sums, as_rows, choose_pivot, scan
 from .solve import fit_sums, moved_absolute
@@ -89,6 +89,7 @@ class Moments:
         """
         sums = self._all()
         reason = no_fit_reason(self.count, self.nonfinite, self.min, self.max, self.loc)
+        reason = reason or range_reason(self.min, self.max)
         if reason:
             raise FitError(f"the moments have no fit: {reason}")
         if self.loc is None and abs(self.mean - float(sums.pivot)) > 0.5 * self.std:

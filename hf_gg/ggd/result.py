@@ -21,7 +21,8 @@ class GGDFit:
         loc: location μ, float64.
         scale: scale α, float64; the density is ν / (2 α Γ(1/ν)) exp(-(|w - μ| / α)^ν).
         shape: shape ν, float64, within 0.1 … 8.
-        loc_stderr: standard error of `loc`; 0 where the caller gave the location.
+        loc_stderr: standard error of `loc`; 0 where the caller gave the location. The errors suppose that the law is
+            right and the values independent, and are infinite where the shape is clamped.
         scale_stderr: standard error of `scale`.
         shape_stderr: standard error of `shape`.
         n: number of values, int64.
@@ -57,8 +58,7 @@ class GGDFit:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> GGDFit:
         """The same with `function` of each tensor."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "problems")}
-        changed: dict[str, Any] = {name: function(t) for name, t in tensors.items()}
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
         return replace(self, **changed)
 
     def __len__(self) -> int:
@@ -73,3 +73,6 @@ class GGDFit:
         size = self.loc[index].numel()
         own = {i - index * size: why for i, why in self.problems.items() if index * size <= i < (index + 1) * size}
         return replace(self.map(lambda t: t[index]), problems=own)
+
+
+_TENSORS = tuple(f.name for f in fields(GGDFit) if f.name not in ("method", "problems"))

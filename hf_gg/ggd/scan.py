@@ -1,7 +1,8 @@
 """One reading of a tensor: power sums about a pivot, in blocks that stay in the cache.
 
-Sums inside a block are float32 (float64 for float64 data, and for values whose squares float32 cannot hold), sums over
-blocks float64. The pivot is subtracted before anything is squared, so a mean far from zero costs no digits.
+On a CPU `kernels.py` sums in float64. In torch, sums inside a block are float32 (float64 for float64 data, and for
+values whose squares float32 cannot hold), sums over blocks float64. The pivot is subtracted before anything is
+squared, so a mean far from zero costs no digits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+
+from . import kernels
 
 
 # Values handled at once: a block and its temporaries stay in the cache of a CPU core.
@@ -59,6 +63,13 @@ class Sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
+
+    def put(self, rows: slice, other: Sums) -> None:
+        """Add sums about the same pivots to some of the rows."""
+        for name in ("n", "nonfinite", *_SUMMED):
+            getattr(self, name)[rows] += getattr(other, name)
+        self.low[rows] = torch.minimum(self.low[rows], other.low)
+        self.high[rows] = torch.maximum(self.high[rows], other.high)
 
     def take(self, rows: torch.Tensor) -> Sums:
         """Some of the rows."""
@@ -161,11 +172,43 @@ def scan(x: torch.Tensor, pivot: torch.Tensor, higher: bool = False) -> Sums:
 
     NaN and infinities are counted and left out of the sums.
     """
-    x = x.detach()
+    return scan_many([x], pivot, higher)
+
+
+def scan_many(matrices: list[torch.Tensor], pivot: torch.Tensor, higher: bool = False) -> Sums:
+    """`scan` of the rows of several matrices [rows, values], one after the other; pivot [all rows].
+
+    Matrices on the CPU are read in one call.
+    """
+    matrices = [x.detach() for x in matrices]
+    if all(map(kernels.suits, matrices)):
+        return _of_table(kernels.moments(matrices, pivot.numpy(), higher), pivot)
+    start, found = 0, []
+    for x in matrices:
+        found.append(_scan_one(x, pivot[start : start + len(x)], higher))
+        start += len(x)
+    return Sums.cat(found)
+
+
+def _scan_one(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums:
     if x.numel() == 0:
         return Sums.empty(pivot)
+    if kernels.suits(x):
+        return _of_table(kernels.moments([x], pivot.numpy(), higher), pivot)
+    if kernels.reads(x):  # a block at a time is made dense
+        total = Sums.empty(pivot)
+        for part, block in blocks(x):
+            table = kernels.moments([block.contiguous()], pivot[part].numpy(), higher)
+            total.put(part, _of_table(table, pivot[part]))
+        return total
     fast = _scan_flat(x[0], pivot, higher) if len(x) == 1 else _scan_rows(x, pivot, higher)
     return fast or _scan_careful(x, pivot, higher)
+
+
+def _of_table(table: np.ndarray, pivot: torch.Tensor) -> Sums:
+    """The sums in a table of `kernels.moments`."""
+    n, nonfinite, *summed, low, high = torch.from_numpy(table).unbind(1)
+    return Sums(n=n, nonfinite=nonfinite, pivot=pivot, **dict(zip(_SUMMED, summed)), low=low, high=high)
 
 
 def _scan_flat(x: torch.Tensor, pivot: torch.Tensor, higher: bool) -> Sums | None:

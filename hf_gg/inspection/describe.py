@@ -36,7 +36,7 @@ class Statistics:
         maximum: the largest.
         zeros: share of exact zeros.
         shape: ν by maximum likelihood.
-        shape_stderr: its standard error, if the law is right and the weights independent.
+        shape_stderr: its standard error, if the law is right and the weights independent; None where ν is clamped.
         scale: α by maximum likelihood.
         loc: μ by maximum likelihood.
         shape_moments: ν by moments.
@@ -64,7 +64,7 @@ class Statistics:
     maximum: float
     zeros: float
     shape: float
-    shape_stderr: float
+    shape_stderr: float | None
     scale: float
     loc: float
     shape_moments: float
@@ -121,7 +121,9 @@ def describe(weights: torch.Tensor, snr: float = 30.0, outlier_at: float = 6.0) 
             by_moments, by_likelihood = moments.fit(), fit(flat, method="mle")
         except FitError as error:
             raise NoFit(str(error)) from error
-    notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
+    notes = _notes(ordered, by_likelihood, by_moments)
+    # of a clamped shape the notes say more
+    notes += tuple(str(warning.message) for warning in caught if "clamped" not in str(warning.message))
     result = _measure(ordered, by_likelihood, by_moments, moments, snr, outlier_at, notes)
     wrong = [name for name, value in vars(result).items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
@@ -190,7 +192,7 @@ def _measure(
         maximum=float(ordered[-1]),
         zeros=int(zeros) / n,
         shape=float(mle.shape),
-        shape_stderr=float(mle.shape_stderr),
+        shape_stderr=None if bool(mle.clamped) else float(mle.shape_stderr),
         scale=float(mle.scale),
         loc=loc,
         shape_moments=float(by_moments.shape),
@@ -208,6 +210,28 @@ def _measure(
         histogram=tuple(int(count) for count in np.diff(edges)),
         notes=notes,
     )
+
+
+def _notes(ordered: np.ndarray, mle: GGDFit, by_moments: GGDFit) -> tuple[str, ...]:
+    """What to know of clamped shapes, the most important first."""
+    notes = []
+    if bool(mle.clamped):
+        value, share = _most_frequent(ordered)
+        why = "the law fits badly"
+        if share > 0.01:
+            why = f"{share:.1%} of the weights are {value:g}, where the likelihood grows without bound; see ν mom"
+        notes.append(f"ν is clamped to {float(mle.shape):g}: {why}")
+    if bool(by_moments.clamped):
+        notes.append(f"ν mom is clamped to {float(by_moments.shape):g}: the law fits badly")
+    return tuple(notes)
+
+
+def _most_frequent(ordered: np.ndarray) -> tuple[float, float]:
+    """The value that most of some weights have, and its share: exact for shares above a thousandth."""
+    candidates = np.unique(ordered[:: max(1, len(ordered) // 2048)])
+    counts = position(ordered, candidates, "right") - position(ordered, candidates)
+    best = int(np.argmax(counts))
+    return float(candidates[best]), int(counts[best]) / len(ordered)
 
 
 def _distance(part: np.ndarray, center: float) -> float:

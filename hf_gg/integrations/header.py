@@ -13,6 +13,20 @@ from safetensors import SafetensorError, safe_open
 _MAX_HEADER = 100_000_000
 
 
+class TruncatedError(ValueError):
+    """A safetensors file that ends before some of its tensors do; the header is whole.
+
+    Attributes:
+        header: of the file.
+        start: the byte at which tensors begin.
+        tensor: one that is cut off.
+    """
+
+    def __init__(self, message: str, header: dict[str, dict], start: int, tensor: str):
+        super().__init__(message)
+        self.header, self.start, self.tensor = header, start, tensor
+
+
 def read_header(path: str | os.PathLike) -> dict[str, dict]:
     """The header of a safetensors file, which safetensors itself accepts.
 
@@ -23,8 +37,9 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
         For each tensor its `dtype`, `shape` and `data_offsets`; the file's own notes as `__metadata__`.
 
     Raises:
-        ValueError: a header that is not one, or a file shorter than its header says; the file and the first tensor
-            beyond its end are named.
+        TruncatedError: a `ValueError`: a file shorter than its header says; it and the first tensor beyond its end are
+            named.
+        ValueError: a header that is not one.
     """
     name, size = os.path.basename(path), os.path.getsize(path)
     damaged = f"{name} is not a readable safetensors file"
@@ -33,7 +48,9 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
         if len(start) < 8:
             raise ValueError(f"{damaged}: {size} bytes, shorter than a header. Download or save it again.")
         length = struct.unpack("<Q", start)[0]
-        if length > min(size - 8, _MAX_HEADER):
+        if length > _MAX_HEADER:
+            raise ValueError(f"{damaged}: {_what_else(path)}. Download or save it again.")
+        if length > size - 8:
             raise ValueError(
                 f"{damaged}: its header should have {length} bytes, the file has {size}. It is truncated."
             )
@@ -51,9 +68,23 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
         except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
         if 8 + length + end > size:
-            raise ValueError(f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}.")
+            message = f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}."
+            raise TruncatedError(message, header, 8 + length, tensor)
     try:
         with safe_open(path, framework="pt"):
             return header
     except SafetensorError as error:
         raise ValueError(f"{damaged}: {error}. Download or save it again.") from error
+
+
+def _what_else(path: str | os.PathLike) -> str:
+    """What a file is whose first bytes are no length of a header."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, and the weights are elsewhere: `git lfs pull` fetches them"
+    if start.startswith(b"PK"):
+        return "it is a zip archive, such as torch.save writes: name it .bin"
+    if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode("ascii")):
+        return f"it is a text, which begins {start[:24].decode('utf-8', 'replace')!r}"
+    return f"it begins with the bytes {start[:8].hex(' ')}, which are no length of a header"

@@ -90,9 +90,11 @@ def gg_init_(
     Raises:
         ValueError: a value out of range, a parameter whose standard deviation is not known (it is named), a model that
             is partly on the meta device.
-        TypeError: a matrix that is not floating point, as in a quantized model. Nothing is drawn then.
+        TypeError: `model` is no module; a matrix that is not floating point, as in a quantized model. Nothing is drawn
+            then.
     """
     init = GGInit(shape, std, gain)
+    plain.check_module(model)
     own = list(_with_initializer(model))
     if not own:
         return plain.gg_init_(model, shape, std, gain)

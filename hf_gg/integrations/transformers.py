@@ -523,7 +523,12 @@ def _guard_initialization(model: nn.Module, skipped: dict[str, str], init: GGIni
     def initialize_weights(self):
         del self.initialize_weights
         with drawing(init):
-            skipped.update(replace_absent(self))
+            fresh = replace_absent(self)
+            skipped.update(fresh)
+            # the report lists what the checkpoint lacks of the model as it is now
+            ignored = getattr(self, "_keys_to_ignore_on_load_missing", None) or ()
+            gone = {rf"^{re.escape(owner)}\.\w+_scale$" for owner in fresh}
+            self._keys_to_ignore_on_load_missing = {*ignored, *gone}
             for _, module, weight in selection.code_parameters(self):
                 module._parameters[weight]._is_hf_initialized = True  # also what is offloaded to disk
             self.initialize_weights()

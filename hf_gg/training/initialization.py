@@ -103,9 +103,10 @@ def gg_init_(
     Raises:
         ValueError: a value out of range; a matrix whose own standard deviation or whose fans are not known (it is
             named); a model that is partly on the meta device.
-        TypeError: a matrix that is not floating point, as codes are. Nothing is drawn then.
+        TypeError: `model` is no module; a matrix that is not floating point, as codes are. Nothing is drawn then.
     """
     init = GGInit(shape, std, gain)
+    check_module(model)
     if any(hasattr(module, "_init_weights") for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has an initializer of its own (`_init_weights`): use hf_gg.gg_init_."
@@ -116,6 +117,12 @@ def gg_init_(
         gg_(parameter, value, init.shape, generator)
         zero_padding_(module)
     return model
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise a `TypeError` unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model to initialize.")
 
 
 def check_matrices(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]]:

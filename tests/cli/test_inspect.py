@@ -17,7 +17,7 @@ import hf_gg
 from hf_gg import data
 from hf_gg.cli import main
 from hf_gg.cli.inspect import inspect
-from hf_gg.integrations.reading import TensorSource
+from hf_gg.integrations.reading import TensorSource, open_checkpoint
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "integrations"))
@@ -154,7 +154,7 @@ def test_damaged_shard(shards, capsys):
     found = as_json(capsys, shards, code=1)
     assert found["problems"][0]["tensor"] == "layers.2.fc.weight"
     assert [bool(t["fit"]) for t in found["tensors"]] == [True, False, True]
-    assert found["tensors"][1]["dims"] is None
+    assert found["tensors"][1]["dims"] is None and "truncated" in found["tensors"][1]["reason"]
 
 
 def test_damaged_codes_do_not_hide_the_rest(tmp_path, capsys):
@@ -178,6 +178,157 @@ def test_rf8_is_decoded_and_said(tmp_path, capsys):
     assert row["stored"] == "rf8" and 0.3 < row["fit"]["shape"] < 2.2
     assert main(["inspect", str(tmp_path)]) == 0
     assert "codes decoded from rf8" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def sharp_gpt2(tmp_path_factory):
+    """A small GPT-2 with some weights that a grid of 8 bits cannot hold."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.view(-1)[::500] = 60.0
+    folder = tmp_path_factory.mktemp("sharp") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("weight_format", ["rf8", "grid"])
+def test_coded_checkpoints_give_the_table_of_plain_ones(sharp_gpt2, tmp_path, capsys, weight_format):
+    from transformers import AutoModelForCausalLM
+
+    found, step = [], 0.004 if weight_format == "grid" else None
+    for coding in ("none", "rans", "eg0"):
+        config = hf_gg.GGConfig(weight_format=weight_format, coding=coding, step=step)
+        model = AutoModelForCausalLM.from_pretrained(sharp_gpt2, quantization_config=config)
+        model.save_pretrained(tmp_path / coding)
+        found.append(as_json(capsys, tmp_path / coding))
+        assert found[-1].pop("model") == str(tmp_path / coding)
+    assert found[0] == found[1] == found[2] and found[0]["weight_format"] == weight_format
+    rows = {t["name"]: t for t in found[1]["tensors"]}
+    assert rows["transformer.h.1.mlp.c_fc.weight"]["stored"] == weight_format
+    assert "the scales of the codes" in rows["transformer.h.1.mlp.c_fc.weight_scale"]["reason"]
+    outliers = [t for name, t in rows.items() if name.endswith(("_outlier_index", "_outlier_value"))]
+    assert all("the outliers of the codes" in t["reason"] for t in outliers)
+    # what is described is what the model computes with
+    plain = model.dequantize()
+    with open_checkpoint(str(tmp_path / "eg0")) as source:
+        decoded = {e.name: e.load() for e in source if e.stored == weight_format}
+    assert len(decoded) == 8
+    for name, weight in decoded.items():
+        own = plain.get_parameter(name).detach().float().T  # of a Conv1D, whose codes are stored [out, in]
+        torch.testing.assert_close(weight, own, rtol=0, atol=0)
+    if weight_format == "grid":
+        assert outliers and float(decoded["transformer.h.0.mlp.c_fc.weight"].max()) == 60
+
+
+def test_coded_floats_are_decoded(tmp_path, capsys):
+    from hf_gg.coding.levels import encode_levels
+
+    weight = (torch.randn(64, 48) * 20).round() / 64
+    other = torch.randn(40, 40)
+    save_file({"a.weight": weight, "b.weight": other}, tmp_path / "plain.safetensors")
+    coded = {"a.weight": encode_levels(weight, 1 / 64), "b.weight": other}
+    save_file(coded, tmp_path / "coded.safetensors")
+    plain, found = (as_json(capsys, tmp_path / f"{name}.safetensors") for name in ("plain", "coded"))
+    for one, two in zip(plain["tensors"], found["tensors"]):
+        assert (one["name"], one["dims"], one["stored"], one["fit"]) == (
+            two["name"], two["dims"], two["stored"], two["fit"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["header", "body", "cut", "promise"])
+def test_damaged_payloads_do_not_hide_the_rest(tmp_path, capsys, damage):
+    payload = hf_gg.coding.encode(torch.randint(1, 90, (64, 64), dtype=torch.uint8), "rans")
+    if damage == "header":
+        payload[9] ^= 255
+    elif damage == "body":
+        payload[len(payload) // 2] ^= 255
+    elif damage == "cut":
+        payload = payload[:100].clone()
+    else:  # a constant of terabytes in some bytes
+        from hf_gg.coding.container import CONSTANT, NO_MODEL, Header, write_header
+
+        header = Header(CONSTANT, NO_MODEL, (1 << 20, 1 << 24), checksum=0, symbol=7)
+        payload = torch.tensor(list(write_header(header)) + [7] * 8, dtype=torch.uint8)
+    content = {"a.weight": payload, "a.weight_scale": torch.ones(64, 1), "b.weight": torch.randn(8, 8)}
+    save_file(content, tmp_path / "model.safetensors", {"weight_format": "rf8"})
+    found = as_json(capsys, tmp_path, code=1)
+    assert [t["name"] for t in found["tensors"] if t["fit"]] == ["b.weight"]
+    assert found["tensors"][0]["reason"] == "damaged, see the errors"
+    assert "a.weight in model.safetensors" in found["problems"][0]["message"]
+
+
+def test_a_clamped_shape_is_said_in_its_row(tmp_path, capsys):
+    pruned = torch.randn(64, 64)
+    pruned[torch.rand(64, 64) < 0.5] = 0
+    save_file({"pruned.weight": pruned, "plain.weight": torch.randn(64, 64)}, tmp_path / "model.safetensors")
+    plain, row = as_json(capsys, tmp_path)["tensors"]
+    assert plain["fit"]["notes"] == [] and 0 < plain["fit"]["shape_stderr"] < 0.1
+    assert row["fit"]["shape"] == pytest.approx(0.1) and row["fit"]["shape_stderr"] is None
+    assert 0.3 < row["fit"]["shape_moments"] < 1.5
+    assert "ν is clamped to 0.1" in row["fit"]["notes"][0] and "of the weights are 0" in row["fit"]["notes"][0]
+    assert main(["inspect", str(tmp_path), "--html", str(tmp_path / "o.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("pruned.weight"))
+    assert "! ν is clamped to 0.1" in line and "see ν mom" in line
+    assert "!" not in next(line for line in lines if line.startswith("plain.weight"))
+    assert '<div class="note">ν is clamped to 0.1' in (tmp_path / "o.html").read_text()
+
+
+def test_a_truncated_file_shows_what_it_still_holds(tmp_path, capsys):
+    content = {f"layers.{i}.fc.weight": torch.randn(64, 64) for i in range(4)}
+    content["layers.0.ids"] = torch.arange(9)
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    save_file(content, whole)
+    cut.write_bytes(whole.read_bytes()[: -64 * 64 * 4 - 5])
+    expected = as_json(capsys, whole)["tensors"]
+    found = as_json(capsys, cut, code=1)
+    damaged = [t for t in found["tensors"] if t["reason"] and "truncated" in t["reason"]]
+    assert len(damaged) == 2 and all(t["dims"] is None and t["fit"] is None for t in damaged)
+    for one, two in zip(expected, found["tensors"]):
+        if two not in damaged:
+            assert one["fit"] == two["fit"] and one["reason"] == two["reason"]
+    assert len(found["problems"]) == 1 and "cut.safetensors is truncated" in found["problems"][0]["message"]
+    assert main(["inspect", str(cut)]) == 1
+    assert "no fit: damaged: the file is truncated" in capsys.readouterr().out
+
+
+def test_a_bad_entry_of_the_index_does_not_hide_the_rest(shards, capsys):
+    path = shards / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {"layers.4.fc.weight": "../secret.safetensors", "layers.5.fc.weight": 7}
+    path.write_text(json.dumps(index))
+    save_file({"layers.4.fc.weight": torch.randn(64, 64)}, shards.parent / "secret.safetensors")
+    found = as_json(capsys, shards, code=1)
+    assert [bool(t["fit"]) for t in found["tensors"]] == [True, True, True, False, False]
+    assert "'../secret.safetensors', which is no file of its folder" in found["tensors"][3]["reason"]
+    assert [p["tensor"] for p in found["problems"]] == ["layers.4.fc.weight", "layers.5.fc.weight"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"just some text\nof two lines, and more than there is room for in a header of eight bytes", "it is a text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(range(200, 256)), "zip archive"),
+        (bytes(range(160, 256)), "which are no length of a header"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_says_what_it_is(tmp_path, capsys, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert main(["inspect", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "truncated" not in error
+
+
+@pytest.mark.parametrize(("option", "endings"), [("--plot", ".png"), ("--html", ".html or .htm")])
+@pytest.mark.parametrize("name", ["x.foo", "x"])
+def test_other_endings_are_refused_before_the_work(tmp_path, capsys, monkeypatch, option, name, endings):
+    monkeypatch.setattr("hf_gg.cli.inspect.open_checkpoint", None)  # would raise
+    assert main(["inspect", str(data.mgm_gpt2()), option, str(tmp_path / name)]) == 2
+    assert f"must end in {endings}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -440,7 +440,24 @@ def test_quantized_models_are_refused(llama):
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
 
 
+@pytest.mark.parametrize("thing", [None, 3, {"a": torch.ones(2, 2)}])
+def test_what_is_no_module_is_refused(thing):
+    for function in (gg_init_, hf_gg.training.initialization.gg_init_):
+        with pytest.raises(TypeError, match=f"torch.nn.Module, got {type(thing).__name__}"):
+            function(thing)
+
+
 # --- the config ---
+
+
+@pytest.mark.parametrize("options", [{}, {"init": GGInit(shape=0.5)}, {"modules_to_not_convert": ["q_proj"]}])
+def test_the_report_lists_no_scale_of_a_new_head(llama, options):
+    """The head was a quantized one on the meta device; it stays in full precision."""
+    model, info = tf.AutoModelForSequenceClassification.from_pretrained(
+        llama, num_labels=3, quantization_config=GGConfig(**options), output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"score.weight"}
+    assert type(model.score) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, RF8Linear)
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -150,7 +150,9 @@ def _tensors(report: Report) -> str:
     columns, rows = [*labels, *figures], []
     for row in report.rows:
         if row.statistics is not None:
-            rows.append(_cells(columns, row))
+            notes = "; ".join(row.statistics.notes)
+            mark = f'<div class="note">{escape(notes)}</div>' if notes else ""
+            rows.append(_cells(columns, row, name=mark))
         else:
             reason = f'<td class="reason" colspan="{len(figures)}">no fit: {escape(row.reason or "")}</td>'
             rows.append(_cells(labels, row, 'class="unfitted"', reason))
@@ -166,7 +168,9 @@ def _tensors(report: Report) -> str:
 
 def _columns(report: Report) -> str:
     found = {
-        column.title: column.help for column in [*label_columns(), *tensor_columns(report), *kind_columns(report)]
+        # of a column that both tables have, what it is of a tensor
+        column.title: column.help
+        for column in [*label_columns(), *kind_columns(report), *tensor_columns(report)]
     }
     items = "".join(f"<dt>{escape(title)}</dt><dd>{escape(help)}</dd>" for title, help in found.items())
     return f"""<section aria-labelledby="columns">
@@ -184,12 +188,12 @@ def _head(columns: Sequence[Column]) -> str:
     return f"<thead><tr>{cells}</tr></thead>"
 
 
-def _cells(columns: Sequence[Column], item: object, attributes: str = "", more: str = "") -> str:
+def _cells(columns: Sequence[Column], item: object, attributes: str = "", more: str = "", name: str = "") -> str:
     cells = []
     for number, column in enumerate(columns):
         text = escape(column.text(item))
         if number == 0:
-            cells.append(f'<th scope="row">{text}</th>')
+            cells.append(f'<th scope="row">{text}{name}</th>')
         elif column.value is None:
             cells.append(f"<td>{text}</td>")
         else:

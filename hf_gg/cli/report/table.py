@@ -64,7 +64,9 @@ def _tensors(report: Report, width: int | None) -> str:
     for number, row in enumerate(report.rows):
         left = [column.text(row) for column in labels]
         if row.statistics is None:
-            reasons[number] = row.reason or ""
+            reasons[number] = f"no fit: {row.reason or ''}"
+        elif row.statistics.notes:
+            reasons[number] = f"! {'; '.join(row.statistics.notes)}"
         cells.append(left + ([column.text(row) for column in figures] if row.statistics is not None else []))
     return _grid([*labels, *figures], cells, reasons, width)
 
@@ -85,7 +87,7 @@ def _grid(
         for column, cell, cell_width in zip(columns[1:], line[1:], widths[1:]):
             parts.append(cell.ljust(cell_width) if column.value is None else cell.rjust(cell_width))
         reason = (reasons or {}).get(number - 1)
-        lines.append("  ".join(parts + ([f"no fit: {reason}"] if reason is not None else [])).rstrip())
+        lines.append("  ".join(parts + ([reason] if reason is not None else [])).rstrip())
     lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..header import read_header
-from .entry import Entry, why_no_weights
+from ..header import TruncatedError, read_header
+from .entry import Entry, Problem, why_no_weights
 from .gguf_header import GgufTensor, read_gguf_header
 
 
@@ -62,9 +62,11 @@ class TensorFile(Protocol):
 
     Attributes:
         metadata: the file's own notes, text by name.
+        problem: why some of its tensors cannot be read, which their entries say; None if all can.
     """
 
     metadata: dict[str, str]
+    problem: Problem | None
 
     def entries(self) -> Iterator[Entry]:
         """What the file holds, in its order."""
@@ -74,25 +76,36 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file.
+    """A safetensors file. Of one that is cut short the tensors before its end can be read.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: damaged or truncated; see `read_header`.
+        ValueError: the header is damaged; see `read_header`.
     """
 
     def __init__(self, path: Path):
-        self._path, self._header = path, read_header(path)
+        self._path, self._size = path, path.stat().st_size
+        self.problem: Problem | None = None
+        self._start = 0
+        try:
+            self._header = read_header(path)
+        except TruncatedError as error:
+            self._header, self._start = error.header, error.start
+            self.problem = Problem(path.name, error.tensor, f"{error} Download it again.")
         self.metadata: dict[str, str] = self._header.pop("__metadata__", {}) or {}
         self._open: Any = None
         self._mapped = 0
 
     def entries(self) -> Iterator[Entry]:
-        for name, entry in sorted(self._header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype = entry["dtype"]
-            stored = _SAFETENSORS_TYPES.get(dtype) or dtype.lower().replace("i", "int").replace("u", "uint")
+        for name, entry in sorted(self._header.items(), key=lambda item: item[1]["data_offsets"][1]):
+            if self.problem and not self._is_whole(entry):
+                yield Entry(
+                    name, (), "?", self._path.name, 0, "damaged: the file is truncated and ends before it does"
+                )
+                continue
+            stored = _type_name(entry["dtype"])
             start, end = entry["data_offsets"]
             yield Entry(
                 name,
@@ -104,6 +117,18 @@ class SafetensorsFile:
                 functools.partial(self.read, name),
             )
 
+    def _is_whole(self, entry: dict) -> bool:
+        """Whether the rest of a truncated file holds a tensor. safetensors itself has not looked at the header."""
+        try:
+            (start, end), shape = entry["data_offsets"], entry["shape"]
+            dtype = _torch_type(entry["dtype"])
+            size = math.prod(shape) * dtype.itemsize
+            return (
+                0 <= start and size == end - start and self._start + end <= self._size and min(shape, default=1) >= 0
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+
     def release(self) -> None:
         self._open, self._mapped = None, 0
 
@@ -113,12 +138,29 @@ class SafetensorsFile:
         if self._open is None or self._mapped + end - start > _MAPPED:
             self.release()
         try:
+            if self.problem:
+                return self._read_piece(self._header[name])
             if self._open is None:
                 self._open = safe_open(self._path, framework="pt")
             self._mapped += end - start
             return self._open.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} in {self._path.name} cannot be read: {error}. Download it again.") from error
+
+    def _read_piece(self, entry: dict) -> torch.Tensor:
+        """A tensor of a truncated file, which safetensors opens no more."""
+        start, end = entry["data_offsets"]
+        raw = np.fromfile(self._path, dtype=np.uint8, count=end - start, offset=self._start + start)
+        return torch.from_numpy(raw).view(_torch_type(entry["dtype"])).view(entry["shape"])
+
+
+def _type_name(dtype: str) -> str:
+    """torch's name of a type of safetensors."""
+    return _SAFETENSORS_TYPES.get(dtype) or dtype.lower().replace("i", "int").replace("u", "uint")
+
+
+def _torch_type(dtype: str) -> torch.dtype:
+    return getattr(torch, _type_name(dtype))
 
 
 class TorchFile:
@@ -133,6 +175,7 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self._path = path
+        self.problem: Problem | None = None
         self.metadata: dict[str, str] = {}
         self._can_map = True
         self._tensors: dict[str, torch.Tensor] = {}
@@ -232,6 +275,7 @@ class GgufFile:
             raise ImportError("Reading a GGUF file needs the gguf package: `pip install gguf`.") from error
         self._gguf, self._path, self._size = gguf, path, path.stat().st_size
         self._tensors = read_gguf_header(path)
+        self.problem: Problem | None = None
         self.metadata: dict[str, str] = {}
 
     def entries(self) -> Iterator[Entry]:

@@ -82,21 +82,31 @@ def choose(names: list[str], file: str | None, where: str) -> list[str]:
     )
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The shard of each tensor from a `….index.json`.
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The shard of each tensor from a `….index.json`, and, of tensors whose shard is no name of a file, what it is.
 
     Raises:
-        ValueError: the file is no such index, or points out of its folder.
+        ValueError: the file is no such index, or none of its shards is a file of its folder.
     """
     try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = {str(tensor): str(shard) for tensor, shard in shards.items()}
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} is not an index of shards ({error!r}): download or save it again.") from error
-    for tensor, shard in shards.items():
-        if not shard or Path(shard).name != shard or "\\" in shard:
-            raise ValueError(f"{path.name} says that {tensor} is in {shard!r}, which is no file of its folder.")
-    return shards
+    good: dict[str, str] = {}
+    bad: dict[str, str] = {}
+    for tensor, shard in shards:
+        # a path that leads out of the folder is not followed
+        named = (
+            isinstance(shard, str) and shard and Path(shard).name == shard and "\\" not in shard and "\0" not in shard
+        )
+        if named:
+            good[tensor] = shard
+        else:
+            bad[tensor] = f"{path.name} says that it is in {shard!r}, which is no file of its folder"
+    if bad and not good:
+        tensor, message = next(iter(bad.items()))
+        raise ValueError(f"{tensor}: {message}. Download or save it again.")
+    return good, bad
 
 
 def _whole(name: str) -> str:

@@ -16,7 +16,8 @@ class TensorSource:
     """The tensors of a checkpoint, file after file. Weights are read by `Entry.load` only, one at a time.
 
     A damaged or missing file among several leaves a `Problem`, and entries that say so for the tensors that the index
-    puts there; the others can be read.
+    puts there; the others can be read. So does an entry of the index that names no file, and a truncated safetensors
+    file, whose first tensors can be read.
 
     Args:
         folder: of the files.
@@ -30,20 +31,23 @@ class TensorSource:
         problems: what is damaged.
 
     Raises:
-        ValueError: the only file is damaged, or the index is.
+        ValueError: the only file is damaged and none of its tensors can be read, or the index is none.
         ImportError: a GGUF file, and the gguf package is missing.
     """
 
     def __init__(self, folder: Path, names: list[str]):
         self.problems: list[Problem] = []
-        index = read_index(folder / names[0]) if names[0].endswith(".index.json") else {}
+        index, bad = read_index(folder / names[0]) if names[0].endswith(".index.json") else ({}, {})
         self.files = list(dict.fromkeys(index.values())) if index else names
         if not self.files:
             raise ValueError(f"{names[0]} lists no tensors: download or save it again.")
+        self.problems += [Problem(names[0], tensor, f"{tensor}: {why}.") for tensor, why in bad.items()]
         self._open: dict[str, TensorFile] = {}
         for name in self.files:
             try:
-                self._open[name] = open_file(folder / name)
+                file = self._open[name] = open_file(folder / name)
+                if file.problem is not None:
+                    self.problems.append(file.problem)
             except ValueError as error:
                 if len(self.files) == 1:
                     raise
@@ -54,6 +58,7 @@ class TensorSource:
         self.format = " and ".join(sorted(kinds)) or "unreadable"
         self.weight_format = self._find_weight_format(folder)
         self.entries = self._list(index)
+        self.entries += [Entry(tensor, (), "?", names[0], 0, why) for tensor, why in bad.items()]
 
     @staticmethod
     def _count(index: dict[str, str], file: str) -> int:
@@ -90,7 +95,15 @@ class TensorSource:
                 message = f"{tensor} should be in {shard} by the index, and is not: download or save it again."
                 self.problems.append(Problem(shard, tensor, message))
             found[tensor] = Entry(tensor, (), "?", shard, 0, reason)
-        return [decode_entry(entry, found, self.weight_format) for entry in found.values()]
+        entries = []
+        for entry in found.values():
+            try:
+                entries.append(decode_entry(entry, found, self.weight_format))
+            except ValueError as error:
+                self.problems.append(Problem(entry.file, entry.name, str(error)))
+                entries.append(Entry(entry.name, (), "?", entry.file, 0, "damaged, see the errors"))
+        self.release()  # of coded tensors the headers were read
+        return entries
 
     @property
     def nbytes(self) -> int:
