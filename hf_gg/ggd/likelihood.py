@@ -217,7 +217,11 @@ class _State:
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def put(self, mu: float, nu: float, row: int) -> None:
-        """Settle the location of a row, which is the best one at the shape `nu`."""
+        """Settle the location of a row, which is the best one at the shape `nu`; for good if it was found before."""
+        again = abs(mu - float(self.mu[row])) <= 1e-12 * float(self.alpha[row]) and not self.nu_located[row].isnan()
+        if again:  # its shape is solved for, whatever the search thinks of it
+            self.nu_located[row] = torch.inf
+            return
         self.mu[row] = mu
         self.free[row] = False
         self.nu_located[row] = nu

@@ -474,3 +474,20 @@ def test_the_package_is_lazy_and_the_fit_gives_a_distribution():
     f = hf_gg.ggd.fit(torch.randn(1000))
     assert isinstance(f.distribution(), GeneralizedGaussian)
     assert float(f.distribution().stddev) == pytest.approx(1, abs=0.1)
+
+
+def test_a_location_that_stays_is_searched_once_more_at_most(monkeypatch):
+    """Rounded values have ties, of which the search and the likelihood equation think differently."""
+    from hf_gg.ggd import likelihood
+
+    calls = []
+    search = likelihood.cusp_location
+    monkeypatch.setattr(
+        likelihood, "cusp_location", lambda *args, **kwargs: calls.append(1) or search(*args, **kwargs)
+    )
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        x = torch.from_numpy(stats.gennorm.rvs(0.87, scale=0.02, size=110_592, random_state=generator)).bfloat16()
+        calls.clear()
+        fit(x, method="mle")
+        assert 1 <= len(calls) <= 3
