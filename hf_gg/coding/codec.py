@@ -93,6 +93,7 @@ def decode(
     expected_shape: Sequence[int] | None = None,
     out: torch.Tensor | None = None,
     reserved: Collection[int] = (),
+    header: Header | None = None,
 ) -> torch.Tensor:
     """Decode a payload; nothing in it is trusted.
 
@@ -103,6 +104,7 @@ def decode(
         expected_shape: the shape that the result must have.
         out: contiguous uint8 tensor of the payload's shape on the CPU that is filled and returned.
         reserved: symbols that must not occur. That takes no time where the payload's model has none of them.
+        header: what `read` found in this very payload, which spares reading it again.
 
     Returns:
         uint8 tensor of the encoded shape, on the payload's device. If an error is raised, `out` holds anything.
@@ -111,7 +113,7 @@ def decode(
         ValueError: naming the tensor, for whatever is wrong with the payload or does not fit the arguments.
     """
     data = _bytes_of(payload, name)
-    header = read_header(data, len(data), name)
+    header = header or read_header(data, len(data), name)
     if out is not None:
         if out.dtype != torch.uint8 or not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError(f"{name}: out must be a contiguous uint8 tensor on the CPU.")
@@ -147,14 +149,23 @@ def entropy(symbols: torch.Tensor) -> float:
     return models.entropy_of_counts(_backend().count_symbols(flat))
 
 
+def read(payload: torch.Tensor, name: str = "payload") -> Header:
+    """The header of a payload.
+
+    Raises:
+        ValueError: naming the tensor, the header is damaged.
+    """
+    data = _bytes_of(payload, name)
+    return read_header(data, len(data), name)
+
+
 def info(payload: torch.Tensor, name: str = "payload") -> Info:
     """What the header of a payload says; the data behind it are not looked at.
 
     Raises:
         ValueError: the header is damaged.
     """
-    data = _bytes_of(payload, name)
-    header = read_header(data, len(data), name)
+    header = read(payload, name)
     coder = {CONSTANT: "constant", RANS: "rans", GOLOMB: "eg0"}[header.coder]
     model = {NO_MODEL: "none", TABLE: "table", GGD: "ggd"}[header.model]
     bits = 8 * payload.numel() / header.count if header.count else math.nan

@@ -27,6 +27,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from .. import coding
+from ..coding import codec
 from ..coding.levels import decode_levels, is_levels, read_levels_header
 from ..formats import get_format
 from .selection import code_parameters
@@ -100,8 +101,12 @@ class CodedSlice:
         self.errors, self.ignore_shape, self.weight_format = errors, ignore_shape, weight_format
 
     def get_shape(self) -> list[int]:
-        shape = self.shape or self._header(self.source[...])[1]
-        return list(shape)
+        if self.shape is not None:
+            return list(self.shape)
+        payload = self.source[...]
+        if self.dtype == torch.uint8:
+            return list(codec.read(payload, self.name).shape)
+        return list(read_levels_header(payload, self.name)[1])
 
     def get_dtype(self) -> str:
         return "U8" if self.dtype == torch.uint8 else "F32"  # of floats, the loader asks only whether they are
@@ -119,7 +124,11 @@ class CodedSlice:
 
     def _decode(self) -> torch.Tensor:
         payload = self.source[...].cpu()
-        dtype, shape = self._header(payload)
+        if self.dtype == torch.uint8:
+            header = codec.read(payload, self.name)
+            dtype, shape = torch.uint8, header.shape
+        else:
+            dtype, shape = read_levels_header(payload, self.name)
         # before memory is taken: a damaged or a lying header may promise terabytes
         if math.prod(shape) > self.limit or (self.shape is not None and shape != self.shape):
             if self.ignore_shape and math.prod(shape) < 2**62:
@@ -131,13 +140,10 @@ class CodedSlice:
             )
         if self.dtype == torch.uint8:
             refused = get_format(self.weight_format).refused if self.weight_format else ()
-            return coding.decode(payload, self.name, self.threads, expected_shape=shape, reserved=refused)
+            return coding.decode(
+                payload, self.name, self.threads, expected_shape=shape, reserved=refused, header=header
+            )
         return decode_levels(payload, self.name, self.threads)
-
-    def _header(self, payload: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-        if self.dtype == torch.uint8:
-            return torch.uint8, tuple(coding.info(payload, self.name).shape)
-        return read_levels_header(payload, self.name)
 
 
 def is_checked(tensor: torch.Tensor, weight_format: str) -> bool:
