@@ -74,7 +74,6 @@ def fit(counts: np.ndarray, margin: float) -> bytes | None:
     folded = counts[:128] + np.append(0, counts[129:])
     magnitude = int(np.flatnonzero(folded)[-1])
     folded = folded[: magnitude + 1] / folded.sum()
-    sign = 1.0 - float(folded[0])
     points = (np.arange(_POINTS * magnitude + 4) + 0.5) / _POINTS
 
     def parameters(spread: float, peak: float) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def fit(counts: np.ndarray, margin: float) -> bytes | None:
         return max(0, min(65535, steps[0])), max(1, min(65535, steps[1]))
 
     def bits_of(spread: float, peak: float) -> float:
-        """Bits a symbol, without the signs."""
+        """Bits a symbol."""
         scale, shape = parameters(spread, peak)
         with np.errstate(over="ignore", under="ignore"):
             power = (points / 2.0 ** ((scale - 32768) / _SCALE_STEPS)) ** (shape / _SHAPE_STEPS)
@@ -96,7 +95,7 @@ def fit(counts: np.ndarray, margin: float) -> bytes | None:
 
     mean = float((folded * np.arange(magnitude + 1)).sum())
     # a smaller start would lie on a plateau, where nothing is left for any level but 0
-    place, least = [math.log2(max(mean, 0.3)), 0.5], entropy_of_counts(counts) - sign
+    place, least = [math.log2(max(mean, 0.3)), 0.5], entropy_of_counts(counts)
     best = bits_of(*place)
     for trial, step in enumerate(_STEPS):
         for axis in (0, 1):
