@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
     from .training.backslash import BackSlash as BackSlash
+    from .training.deepshape import deepshape_ as deepshape_
     from .training.initialization import GGInit as GGInit
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "RF8Experts",
     "RF8Linear",
     "__version__",
+    "deepshape_",
     "get_format",
     "gg_init",
     "gg_init_",
@@ -47,6 +49,7 @@ _HOME = {
     "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
+    "deepshape_": "hf_gg.training.deepshape",
     "get_format": "hf_gg.formats",
     "ggd": "hf_gg",
     "gg_init": "hf_gg.integrations.initialization",

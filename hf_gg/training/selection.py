@@ -9,7 +9,10 @@ from torch import nn
 
 
 def select_matrices(
-    model: nn.Module, modules: str | Sequence[str] | None = None, embeddings: bool = False
+    model: nn.Module,
+    modules: str | Sequence[str] | None = None,
+    embeddings: bool = False,
+    trainable: bool = True,
 ) -> dict[str, nn.Parameter]:
     """The trainable matrices of a model: parameters of two dimensions or more, each once.
 
@@ -21,6 +24,7 @@ def select_matrices(
         modules: names of modules to take, each a whole name, its end or its beginning up to a dot, or a regular
             expression for the whole name; None for all.
         embeddings: take `nn.Embedding` too.
+        trainable: take only what is trained; else frozen matrices too, codes among them.
 
     Returns:
         Parameters by name, in the model's order.
@@ -52,7 +56,7 @@ def select_matrices(
                     f"modules={hits[0]!r} selects {full}, which is {parameter.dtype}: quantized codes cannot be "
                     "trained. Name other modules, or load the model without quantization."
                 )
-            if not parameter.requires_grad:
+            if trainable and not parameter.requires_grad:
                 frozen += 1
                 continue
             for pattern in hits:
