@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .formats import get_format as get_format
     from .integrations.initialization import gg_init as gg_init
     from .integrations.initialization import gg_init_ as gg_init_
+    from .integrations.peft.backslash import BackSlashConfig as BackSlashConfig
+    from .integrations.peft.deepshape import DeepShapeConfig as DeepShapeConfig
     from .integrations.trainer import BackSlashCallback as BackSlashCallback
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackSlash",
     "BackSlashCallback",
+    "BackSlashConfig",
+    "DeepShapeConfig",
     "GGConfig",
     "GGInit",
     "RF8Experts",
@@ -45,6 +49,8 @@ __all__ = [
 _HOME = {
     "BackSlash": "hf_gg.training.backslash",
     "BackSlashCallback": "hf_gg.integrations.trainer",
+    "BackSlashConfig": "hf_gg.integrations.peft.backslash",
+    "DeepShapeConfig": "hf_gg.integrations.peft.deepshape",
     "GGConfig": "hf_gg.integrations.transformers",
     "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",

@@ -115,6 +115,10 @@ class Table:
 
     def __call__(self, w: torch.Tensor) -> torch.Tensor:
         """The map of a block, float64 (float32 on a device without); zeros stay zero."""
+        return self.log(w).exp_().mul_(torch.sign(w))
+
+    def log(self, w: torch.Tensor) -> torch.Tensor:
+        """ln |z'| of a block; of zeros, that of the smallest magnitude in the table."""
         d = w.float() if w.device.type == "mps" else w.double()
         place = d.abs().log_().sub_(self.first).div_(self.step).clamp_(0, KNOTS - 1)
         index = place.long().clamp_(max=KNOTS - 2)
@@ -126,8 +130,7 @@ class Table:
         rise = y1 - y0
         # Hermite's cubic, by powers of t
         y = m0 + m1 - 2 * rise
-        y = y.mul_(t).add_(3 * rise - 2 * m0 - m1).mul_(t).add_(m0).mul_(t).add_(y0)
-        return y.exp_().mul_(torch.sign(d))
+        return y.mul_(t).add_(3 * rise - 2 * m0 - m1).mul_(t).add_(m0).mul_(t).add_(y0)
 
 
 class Ranks:
