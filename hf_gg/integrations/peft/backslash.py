@@ -89,8 +89,7 @@ class BackSlashLayer(MatrixLayer):
     additive = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BackSlashConfig, name: str) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
-        self._set_base(base_layer, name, "BackSlash")
+        super().__init__(base_layer, name, "BackSlash")
         self.backslash_delta = nn.ParameterDict()
         self.configs: dict[str, BackSlashConfig] = {}
         self._active_adapter = adapter_name
@@ -107,7 +106,7 @@ class BackSlashLayer(MatrixLayer):
         follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         follow(self)  # a copy
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -158,14 +157,14 @@ class BackSlashLayer(MatrixLayer):
         raise NotImplementedError
 
 
-class BackSlashLinear(BackSlashLayer, nn.Module):
+class BackSlashLinear(BackSlashLayer):
     """Around `nn.Linear`, `RF8Linear` and `Conv1D`."""
 
     def _change(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         return functional.linear(x.to(delta.dtype), delta)
 
 
-class BackSlashEmbedding(BackSlashLayer, nn.Module):
+class BackSlashEmbedding(BackSlashLayer):
     """Around `nn.Embedding` and `RF8Embedding`."""
 
     def _change(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,7 @@ class DeepShapeLayer(MatrixLayer):
     other_param_names = ("deepshape_fits",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeepShapeConfig, name: str) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
-        self._set_base(base_layer, name, "DeepShape")
+        super().__init__(base_layer, name, "DeepShape")
         self._float_weight("DeepShape cannot map")
         self.deepshape_factors = nn.ParameterDict()
         self.deepshape_fits: dict[str, tuple[float, float]] = {}
@@ -191,14 +190,14 @@ class DeepShapeLayer(MatrixLayer):
         raise NotImplementedError
 
 
-class DeepShapeLinear(DeepShapeLayer, nn.Module):
+class DeepShapeLinear(DeepShapeLayer):
     """Around `nn.Linear`, `RF8Linear` and `Conv1D`."""
 
     def _with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight.T if self.transposed else weight, self.get_base_layer().bias)
 
 
-class DeepShapeEmbedding(DeepShapeLayer, nn.Module):
+class DeepShapeEmbedding(DeepShapeLayer):
     """Around `nn.Embedding` and `RF8Embedding`."""
 
     def _with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

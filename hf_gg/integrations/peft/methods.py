@@ -79,7 +79,7 @@ class MatrixConfig(PeftConfig):
             raise ValueError("layers_to_transform needs target_modules as a list of names.")
 
 
-class MatrixLayer(BaseTunerLayer):
+class MatrixLayer(nn.Module, BaseTunerLayer):
     """A tuner layer around a linear layer or an embedding.
 
     Attributes:
@@ -88,9 +88,8 @@ class MatrixLayer(BaseTunerLayer):
         transposed: the base layer stores it [inputs, outputs], as GPT-2's `Conv1D` does.
     """
 
-    name: str
-
-    def _set_base(self, base_layer: nn.Module, name: str, method: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, method: str) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self._disable_adapters = False
         self.merged_adapters = []
