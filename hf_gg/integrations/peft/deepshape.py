@@ -287,21 +287,22 @@ def _check(maps: torch.Tensor, modules: torch.Tensor, layers: dict[str, Any], ad
     for name, layer in layers.items():
         if _checksum(name) not in given:
             raise other_model(f"{bare(name)} is a target in the model, and the adapter's file has no map for it")
-        rows, columns, index = given[_checksum(name)]
+        rows, columns, _ = given[_checksum(name)]
         if (rows, columns) != (layer.rows, layer.columns):
             raise other_model(
                 f"{bare(name)} had the shape {[rows, columns]}, and has {[layer.rows, layer.columns]} in the model"
             )
-        fit = layer.deepshape_fits.get(adapter_name)
-        if fit is None:  # weights that are still to come
-            continue
-        for what, own, saved in (("scale", fit[0], float(maps[index, 0])), ("shape", fit[1], float(maps[index, 1]))):
-            if not 1 / TOLERANCE < own / saved < TOLERANCE:
-                raise other_model(
-                    f"the weights of {bare(name)} have the {what} {own:.4g}, and the adapter's were {saved:.4g}"
-                )
     if len(given) > len(layers):
         raise other_model(f"the adapter's file has maps for {len(given)} modules, and the model {len(layers)}")
+    for name, layer in layers.items():
+        fit, saved = layer.deepshape_fits.get(adapter_name), maps[given[_checksum(name)][2]].tolist()
+        if fit is None:  # weights that are still to come
+            continue
+        for what, own, before in (("scale", fit[0], saved[0]), ("shape", fit[1], saved[1])):
+            if not 1 / TOLERANCE < own / before < TOLERANCE:
+                raise other_model(
+                    f"the weights of {bare(name)} have the {what} {own:.4g}, and the adapter's were {before:.4g}"
+                )
 
 
 def _checksum(name: str) -> int:
