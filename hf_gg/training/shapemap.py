@@ -65,6 +65,17 @@ def solve(goal: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     return u
 
 
+def solve_many(goal: torch.Tensor, shape: float) -> torch.Tensor:
+    """The same for many goals, through a table."""
+    if len(goal) <= KNOTS:
+        return solve(goal, torch.full_like(goal, shape))
+    first, last = float(goal.min()) - 1e-6, float(goal.max()) + 1e-6
+    knots = torch.linspace(first, last, KNOTS, dtype=torch.float64)
+    shapes = torch.full_like(knots, shape)
+    u, step = solve(knots, shapes), (last - first) / (KNOTS - 1)
+    return Table(first, step, u, step / level(u, shapes)[1]).at(goal.clone())
+
+
 @dataclass(frozen=True)
 class ShapeMap:
     """The map z → z' with P(|Z| > z) = P(|Z'| > z') between two generalized Gaussians about zero, odd in z.
@@ -106,7 +117,7 @@ class ShapeMap:
 
 @dataclass(frozen=True)
 class Table:
-    """ln z' for equidistant ln z: a cubic through values and slopes (in units of the step)."""
+    """A function on equidistant points, such as ln z' of ln z: a cubic through values and slopes a step."""
 
     first: float
     step: float
@@ -120,10 +131,14 @@ class Table:
     def log(self, w: torch.Tensor) -> torch.Tensor:
         """ln |z'| of a block; of zeros, that of the smallest magnitude in the table."""
         d = w.float() if w.device.type == "mps" else w.double()
-        place = d.abs().log_().sub_(self.first).div_(self.step).clamp_(0, KNOTS - 1)
+        return self.at(d.abs().log_())
+
+    def at(self, u: torch.Tensor) -> torch.Tensor:
+        """The cubic at each `u`, or at the nearer end; `u` is changed."""
+        place = u.sub_(self.first).div_(self.step).clamp_(0, KNOTS - 1)
         index = place.long().clamp_(max=KNOTS - 2)
         t = place.sub_(index)
-        values, slopes = (x.to(d.device, d.dtype) for x in (self.values, self.slopes))
+        values, slopes = (x.to(u.device, u.dtype) for x in (self.values, self.slopes))
         y0, m0 = values.take(index), slopes.take(index)
         index += 1
         y1, m1 = values.take(index), slopes.take(index)
@@ -163,7 +178,7 @@ class Ranks:
             x, above = torch.cat([x, x.new_tensor([self.max])]), torch.cat([above, above.new_tensor([0.5])])
         share = above / n
         goal = torch.where(share < 0.5, -share.log(), -torch.log1p(-(n - above) / n)).log()
-        y = solve(goal, torch.full_like(goal, shape)).exp() * scale
+        y = solve_many(goal, shape).exp() * scale
         index = present.cumsum(0) - 1
         if x[0] > 0:
             x, y, index = torch.cat([x.new_zeros(1), x]), torch.cat([y.new_zeros(1), y]), index + 1

@@ -536,6 +536,27 @@ def test_bad_targets():
         wrapped(target_modules=["input_layernorm"])
 
 
+@pytest.mark.parametrize("coding", ["rans", "none"])
+def test_adapters_of_transformers(tmp_path, coding):
+    """`model.add_adapter`, a training, `save_pretrained` and `load_adapter`, without a PeftModel."""
+    base = tiny_llama().eval()
+    model = copy.deepcopy(base)
+    model.add_adapter(config(lambda_=0.6, coding=coding))
+    trained(tmp_path / "a", model=model)
+    assert share_of_zeros(model) > 0.05
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "b")
+    again = copy.deepcopy(base)
+    again.load_adapter(str(tmp_path / "b"))
+    assert torch.equal(logits(again), expected) and not torch.equal(expected, logits(base))
+    again.load_adapter(str(tmp_path / "b"), "second")
+    again.set_adapter("second")
+    assert torch.equal(logits(again), expected)
+    again.disable_adapters()
+    assert torch.equal(logits(again), logits(base))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "b"))), expected)
+
+
 # --- other processes ---
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -225,6 +225,19 @@ def test_file(tmp_path):
     assert saved["peft_type"] == "DEEPSHAPE" and saved["shape_scale"] == 0.7
 
 
+def test_adapters_of_transformers(tmp_path):
+    base = tiny_llama().eval()
+    model = copy.deepcopy(base)
+    model.add_adapter(DeepShapeConfig(shape_scale=0.7))
+    trained(tmp_path / "a", model=model)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "b")
+    again = copy.deepcopy(base)
+    again.load_adapter(str(tmp_path / "b"))
+    assert torch.equal(logits(again), expected) and not torch.equal(expected, logits(base))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "b"))), expected)
+
+
 def test_real_model(tmp_path):
     base = tf.AutoModelForCausalLM.from_pretrained(mgm_gpt2())
     model = wrapped(copy.deepcopy(base))
