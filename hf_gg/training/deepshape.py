@@ -18,7 +18,7 @@ from .shapemap import PIECE, Ranks, ShapeMap, largest_rank, scale_of, std_of
 
 
 MODES = ("tensor", "global")
-MAPS = ("empirical", "parametric")
+MAPS = ("parametric", "empirical")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +58,7 @@ def deepshape_(
     shape_scale: float = 0.8,
     std_scale: float = 1.0,
     mode: str = "tensor",
-    map: str = "empirical",
+    map: str = "parametric",
     modules: str | Iterable[str] | None = None,
     embeddings: bool = False,
     method: str = "moments",
@@ -77,9 +77,10 @@ def deepshape_(
             fewer bits on a grid; above 1 the reverse.
         std_scale: factor on the standard deviation about zero.
         mode: `"tensor"`: a fit and a map of each tensor; `"global"`: one of all together.
-        map: `"empirical"`: the weight of rank r gets the quantile of (r − ½) / n, so that the result has the wanted
-            shape and deviation whatever the weights were; `"parametric"`: the quantile of the fitted distribution's
-            probability, a map of four numbers that can be inverted, right as far as the fit is.
+        map: `"parametric"`: the quantile of the fitted distribution's probability, a map of four numbers that can be
+            inverted, and moves trained models little; the result has the wanted shape as far as the fit is right.
+            `"empirical"`: the weight of rank r gets the quantile of (r − ½) / n, so that the result has the wanted
+            shape and deviation whatever the weights were, and loses outliers.
         modules: names of modules, see `select_matrices`; None for all.
         embeddings: take `nn.Embedding` too.
         method: of the fit, `"moments"` or `"mle"`.

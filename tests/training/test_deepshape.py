@@ -99,7 +99,8 @@ def test_ties_have_their_mean_rank():
     w = torch.tensor([0.1, 0.2, 0.3]).repeat_interleave(torch.tensor([50, 30, 20]))
     w = torch.cat([w, -w])[:, None]
     new = w.clone()
-    report = hf_gg.deepshape_({"w": new})["w"]
+    with pytest.warns(UserWarning, match="w is no generalized Gaussian"):
+        report = hf_gg.deepshape_({"w": new}, map="empirical")["w"]
     wanted = stats.gennorm(report.target.shape, scale=report.target.scale)
     for value, rank in ((0.1, 25), (0.2, 65), (0.3, 90)):
         got = new[w == value].unique()
@@ -139,7 +140,7 @@ def test_tails_are_finite_where_probabilities_underflow():
     assert ShapeMap(0.02, 2.0, 0.02, 1.6).magnitude(2.0) == pytest.approx(6.3250939963807120, rel=1e-12)  # by mpmath
     assert fit.shape < 2
     empirical = w.clone()
-    report = hf_gg.deepshape_({"w": empirical}, 0.8)["w"]
+    report = hf_gg.deepshape_({"w": empirical}, 0.8, map="empirical")["w"]
     largest = stats.gennorm(report.target.shape, scale=report.target.scale).isf(0.25 / w.numel())
     assert float(empirical.max()) == pytest.approx(largest, rel=1e-5)
 
@@ -148,7 +149,7 @@ def test_small_tensors_change_too():
     """There is no threshold on counts: every weight of a small tensor is moved."""
     w = draws(2.0, (5, 4))
     new = w.clone()
-    report = hf_gg.deepshape_({"w": new}, 0.8)["w"]
+    report = hf_gg.deepshape_({"w": new}, 0.8, map="empirical")["w"]
     assert (new != w).all()
     assert report.after.std == pytest.approx(report.target.std, rel=0.1)
 
@@ -179,7 +180,7 @@ def test_global(map):
 def test_real_models(load, method):
     model = load()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = hf_gg.deepshape_(model, 0.8, 0.9, method=method)
+    report = hf_gg.deepshape_(model, 0.8, 0.9, map="empirical", method=method)
     for name, p in model.named_parameters():
         if name not in report:
             assert p.ndim < 2 or "embeddings" in name or "wte" in name or "wpe" in name
@@ -261,7 +262,7 @@ def test_works_in_blocks():
         ({"shape_scale": 6.0}, r"w has shape 1\.\d+, and shape_scale=6 makes it .* Choose shape_scale between"),
         ({"shape_scale": 0.01}, "shapes are 0.1 to 8"),
         ({"mode": "layer"}, "mode must be one of 'tensor', 'global'"),
-        ({"map": "linear"}, "map must be one of 'empirical', 'parametric'"),
+        ({"map": "linear"}, "map must be one of 'parametric', 'empirical'"),
         ({"method": "median"}, "method"),
         ({"modules": "w"}, "modules is for models"),
     ],
@@ -326,6 +327,6 @@ def test_range_of_the_dtype():
 def test_a_fit_at_the_end_of_the_range_is_told():
     w = torch.rand(50, 50) - 0.5  # uniform: its shape is infinite
     with pytest.warns(UserWarning, match="w is no generalized Gaussian of a shape from 0.1 to 8"):
-        report = hf_gg.deepshape_({"w": w}, 0.25)["w"]
+        report = hf_gg.deepshape_({"w": w}, 0.25, map="empirical")["w"]
     assert report.before.clamped and report.target.shape == 2.0
     assert report.after.shape == pytest.approx(2.0, rel=0.01)
