@@ -116,6 +116,15 @@ def test_conv1d_and_embeddings(tmp_path):
     assert torch.equal(merged.transformer.h[0].attn.c_attn.weight, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_an_embedding_is_saved_as_its_change_alone(tmp_path):
+    base = tiny_llama().eval()
+    model = filled(wrapped(copy.deepcopy(base), target_modules=["embed_tokens", "q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert all(name.endswith("backslash_delta") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))), logits(model))
+
+
 def test_merge_and_unmerge():
     base = tiny_llama().eval()
     model = filled(wrapped(copy.deepcopy(base)))
@@ -530,8 +539,11 @@ def test_bad_settings(changes, message):
 
 
 def test_bad_targets():
-    with pytest.raises(ValueError, match="qkv.* not found in the base model"):
-        wrapped(target_modules=["qkv"])
+    for targets in (["qkv"], ["q_proj", "qkv"]):
+        with pytest.raises(ValueError, match="'qkv' is not found in the base model, a LlamaForCausalLM"):
+            wrapped(target_modules=targets)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        wrapped(target_modules=".*qkv")
     with pytest.raises(TypeError, match="BackSlash acts on linear layers.*input_layernorm is a LlamaRMSNorm"):
         wrapped(target_modules=["input_layernorm"])
 

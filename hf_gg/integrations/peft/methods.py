@@ -143,6 +143,23 @@ class MatrixTuner(BaseTuner):
             peft_config.target_modules = "all-linear"
         return peft_config
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT, which takes no notice of a name that matches nothing where others do.
+
+        Raises:
+            ValueError: a name in `target_modules` matches no module.
+        """
+        targets = getattr(self.peft_config[adapter_name], "target_modules", None)
+        names = [f".{name}" for name, _ in model.named_modules()]
+        for target in sorted(targets) if isinstance(targets, (set, list)) else ():
+            if not any(name.endswith(f".{target}") for name in names):
+                example = next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), "")
+                raise ValueError(
+                    f"target_modules: {target!r} is not found in the base model, a {type(model).__name__}. Give names "
+                    f"of modules or their ends, such as {example.rpartition('.')[2]!r}."
+                )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
