@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .formats import get_format as get_format
     from .integrations.initialization import gg_init as gg_init
     from .integrations.initialization import gg_init_ as gg_init_
+    from .integrations.peft.backslash import BackSlashConfig as BackSlashConfig
+    from .integrations.peft.deepshape import DeepShapeConfig as DeepShapeConfig
     from .integrations.trainer import BackSlashCallback as BackSlashCallback
     from .integrations.transformers import GGConfig as GGConfig
     from .integrations.transformers import quantization_report as quantization_report
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
     from .training.backslash import BackSlash as BackSlash
+    from .training.deepshape import deepshape_ as deepshape_
     from .training.initialization import GGInit as GGInit
 
 __version__ = "0.1.0"
@@ -27,11 +30,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BackSlash",
     "BackSlashCallback",
+    "BackSlashConfig",
+    "DeepShapeConfig",
     "GGConfig",
     "GGInit",
     "RF8Experts",
     "RF8Linear",
     "__version__",
+    "deepshape_",
     "get_format",
     "gg_init",
     "gg_init_",
@@ -43,10 +49,13 @@ __all__ = [
 _HOME = {
     "BackSlash": "hf_gg.training.backslash",
     "BackSlashCallback": "hf_gg.integrations.trainer",
+    "BackSlashConfig": "hf_gg.integrations.peft.backslash",
+    "DeepShapeConfig": "hf_gg.integrations.peft.deepshape",
     "GGConfig": "hf_gg.integrations.transformers",
     "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
+    "deepshape_": "hf_gg.training.deepshape",
     "get_format": "hf_gg.formats",
     "ggd": "hf_gg",
     "gg_init": "hf_gg.integrations.initialization",

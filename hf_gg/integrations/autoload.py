@@ -149,6 +149,15 @@ def place() -> None:
         _warn("transformers", HOOKS["transformers.quantizers.auto"], error)
 
 
+def when_imported(awaited: str, registration: str) -> None:
+    """Imports a module of ours as soon as another library's has been executed, which may have happened."""
+    _finder.hooks[awaited] = registration
+    if _is_initializing(awaited):
+        _run_when_imported(_finder, awaited)
+    elif awaited in sys.modules:
+        _finder.run(awaited)
+
+
 def _warn(library: str, registration: str, error: Exception) -> None:
     import warnings
 

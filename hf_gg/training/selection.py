@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from torch import nn
 
 
+# what PEFT puts into names
+_WRAPPERS = ("base_layer", "backslash_delta", "modules_to_save")
+
+
 def select_matrices(
-    model: nn.Module, modules: str | Sequence[str] | None = None, embeddings: bool = False
+    model: nn.Module,
+    modules: str | Sequence[str] | None = None,
+    embeddings: bool = False,
+    trainable: bool = True,
 ) -> dict[str, nn.Parameter]:
     """The trainable matrices of a model: parameters of two dimensions or more, each once.
 
@@ -21,6 +28,7 @@ def select_matrices(
         modules: names of modules to take, each a whole name, its end or its beginning up to a dot, or a regular
             expression for the whole name; None for all.
         embeddings: take `nn.Embedding` too.
+        trainable: take only what is trained; else frozen matrices too, codes among them.
 
     Returns:
         Parameters by name, in the model's order.
@@ -52,7 +60,7 @@ def select_matrices(
                     f"modules={hits[0]!r} selects {full}, which is {parameter.dtype}: quantized codes cannot be "
                     "trained. Name other modules, or load the model without quantization."
                 )
-            if not parameter.requires_grad:
+            if trainable and not parameter.requires_grad:
                 frozen += 1
                 continue
             for pattern in hits:
@@ -75,7 +83,7 @@ def select_matrices(
 def kind_of(name: str) -> str:
     """The kind of layer of a parameter: its module's own name without layer numbers, such as `q_proj`."""
     parts = [part for part in name.split(".") if not part.isdigit()]
-    parts = [part for part in parts[:-1] if part not in ("base_layer", "default", "modules_to_save")] or parts
+    parts = [part for part in parts[:-1] if part not in (*_WRAPPERS, "default")] or parts
     # BERT's `output.dense` and `intermediate.dense` say little without the part before
     return ".".join(parts[-2:]) if parts[-1] in ("dense", "0") and len(parts) > 1 else parts[-1]
 
@@ -90,14 +98,15 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _adapter_modules(model: nn.Module) -> set[str]:
-    """Names of modules inside a PEFT layer that are not its base layer: the adapters' own."""
+    """Names of modules inside a PEFT layer that are not its base layer: the adapters' own, but for BACKSLASH's."""
     found: set[str] = set()
     for name, module in model.named_modules():
         names = getattr(module, "adapter_layer_names", None)
         if not names or not hasattr(module, "base_layer"):
             continue
+        ours = {"base_layer", *getattr(module, "penalized_names", ())}
         for child, _ in module.named_modules():
-            if child and not (child == "base_layer" or child.startswith("base_layer.")):
+            if child and child.partition(".")[0] not in ours:
                 found.add(f"{name}.{child}")
         # parameters of its own, as in a ParameterDict, are in children; the layer itself holds none to train
     return found

@@ -7,7 +7,7 @@ the original. Where the installed PEFT lacks one, a warning says what does not w
 
 import warnings
 
-from . import helpers, injection, modules_to_save, state
+from . import helpers, injection, methods, modules_to_save, native, state
 from .layers import MergeWarning
 
 
@@ -21,6 +21,8 @@ _HOOKS = (
     ("`prepare_model_for_kbit_training`", helpers.install_kbit, True),
     ("CorDA on quantized models", helpers.install_corda, False),
     ("LoRA-GA on quantized models", helpers.install_loraga, False),
+    ("BACKSLASH and DEEPSHAPE", methods.install, True),
+    ("BACKSLASH and DEEPSHAPE in `model.load_adapter`", native.install, True),
 )
 
 

@@ -229,7 +229,7 @@ def _being_written(module: nn.Module) -> bool:
 
 def _reads_weight(layer: Any) -> bool:
     """Whether the forward pass of a tuner layer may read the base weight."""
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged or getattr(layer, "additive", False):
         return False
     return rules.package(type(layer)) not in rules.ADDITIVE or bool(getattr(layer, "lora_variant", None))
 

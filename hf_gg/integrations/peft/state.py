@@ -26,6 +26,9 @@ def install() -> None:
 
 def _get(original: Callable) -> Callable:
     def get_peft_model_state_dict(model, *args, **kwargs):
+        kind = model.peft_config[kwargs.get("adapter_name", "default")].peft_type.value
+        if kind in ("BACKSLASH", "DEEPSHAPE") and kwargs.get("save_embedding_layers", "auto") == "auto" and not args:
+            kwargs["save_embedding_layers"] = False  # an embedding that is a target is not changed itself
         state = original(model, *args, **kwargs)
         codes = [
             key
