@@ -25,15 +25,9 @@ def launch(mode: str, folder: Path, output: str, world: int, how: str = "torchru
         port = str(free.getsockname()[1])
     alone = [sys.executable]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--multi_cpu",
-    ]
-    accelerate += [f"--num_processes={world}", f"--main_process_port={port}", "--num_machines=1"]
-    accelerate += ["--mixed_precision=no", "--dynamo_backend=no"]
+    # --multi_gpu names the launcher: with --cpu, accelerate starts several processes by mpirun only
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={world}"]
+    accelerate += [f"--main_process_port={port}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = {"alone": alone, "torchrun": torchrun, "accelerate": accelerate}[how if world > 1 else "alone"]
     settings = {"OMP_NUM_THREADS": "1", "SHAPE": shape, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | settings

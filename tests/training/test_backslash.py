@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import gennorm
 from torch import nn
 
 from hf_gg import BackSlash, RF8Linear
+from hf_gg.coding.levels import encode_levels, nearest_levels
 from hf_gg.training.backslash import innermost
 from hf_gg.training.parts import BLOCK, blocks, part_of
 from hf_gg.training.penalty import fill_zeros_, pack_zeros
@@ -296,19 +298,29 @@ def test_bfloat16_steps_do_not_vanish():
     assert not torch.equal(third, start.bfloat16())
 
 
-def test_measure_against_a_loop():
-    w = torch.randn(37, 41) * 0.02
-    w[:5] = 0
-    rate = BackSlash({"w": w}).measure(2**-7)["w"]
-    levels = [round(float(x) * 128) for x in w.flatten()]
-    counts = {level: levels.count(level) for level in set(levels)}
+@pytest.mark.parametrize(("deviation", "grid"), [(0.02, 2**-7), (0.02, 2**-14), (0.02, 2**-5), (0.3, 2**-12)])
+def test_measure_is_the_coded_size(deviation, grid):
+    w = torch.randn(370, 410, generator=torch.Generator().manual_seed(0)) * deviation
+    w[:50] = 0
+    rate = BackSlash({"w": w}).measure(grid)["w"]
+    levels = [round(float(x) / grid) for x in w.flatten()]
+    counts = Counter(levels)
     entropy = -sum(c / len(levels) * math.log2(c / len(levels)) for c in counts.values())
-    book = (32 * len(counts) + 32) / len(levels)
-    assert rate.bits == pytest.approx(entropy + book) and rate.codebook_bits == pytest.approx(book)
+    coded = encode_levels(nearest_levels(w, grid)[0], grid)
+    assert rate.bits == pytest.approx(8 * coded.numel() / w.numel(), rel=0.01)
+    assert rate.codebook_bits == pytest.approx(rate.bits - entropy) and 0 < rate.codebook_bits < 0.5
     assert rate.sparsity == pytest.approx(counts[0] / len(levels))
     assert rate.zeros == pytest.approx(float((w == 0).float().mean()))
     both = Rate.of([rate, Rate(3 * rate.numel, 1.0, 0.1, 0.5, 0.5)])
     assert both.bits == pytest.approx((rate.bits + 3) / 4) and both.numel == 4 * rate.numel
+
+
+def test_measure_of_few_weights():
+    """Zeros alone take a header, an empty tensor nothing."""
+    rates = BackSlash({"zero": torch.zeros(300, 300), "empty": torch.zeros(0, 3), "one": torch.ones(1, 1)}).measure()
+    size = encode_levels(torch.zeros(300, 300), 2**-9).numel()
+    assert rates["zero"].bits * 90_000 / 8 == pytest.approx(size, abs=8)
+    assert rates["empty"].bits == 0 and rates["one"].sparsity == 0
 
 
 @pytest.mark.parametrize("shift", [5.0, -5.0])
