@@ -44,14 +44,16 @@ def reset_peak() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--every", type=int, nargs="*", default=[20], help="steps between two estimates of ν")
     arguments = parser.parse_args()
 
     model = smollm2().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    tokens = torch.randint(0, model.config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, model.config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(0)
+    )
 
     def train() -> float:
         start = time.perf_counter()

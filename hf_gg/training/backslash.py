@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..ggd import shape_from_ratio
-from .parts import Part, blocks, part_of, sum_over_processes
+from . import kernels
+from .parts import BLOCK_DEVICE, Part, blocks, part_of, sum_over_processes
 from .penalty import fill_zeros_, moments, pack_zeros, penalty, plain_, round_into_, shrink_, widened
 from .rate import Rate, measure
 from .selection import check_number, select_matrices
@@ -310,15 +311,18 @@ class BackSlash:
                 generator = torch.Generator(local.device)
                 # the same on every process, another for each tensor and step
                 generator.manual_seed(hash((self.seed, self.steps, self._places[part.name])) & (2**63 - 1))
-            for index, block in enumerate(blocks(local) if local is not None else ()):
+            # the kernel has threads of its own, and needs no temporaries
+            size = BLOCK_DEVICE if generator is None and held is None and kernels.available() else None
+            for index, block in enumerate(blocks(local, size) if local is not None else ()):
+                finite = None
                 if self.active:
                     w = widened(block)
-                    self._shrink(w, self.fits[part.name], lr)
+                    finite = self._shrink(w, self.fits[part.name], lr)
                     if generator is not None:
                         round_into_(block, w, generator)
                 if held:
                     fill_zeros_(block, held[index])
-                total += block.sum(dtype=torch.float32)
+                total += block.sum(dtype=torch.float32) if finite is None else 0.0 if finite else math.nan
             totals.append(total)
         # split tensors are checked where all processes meet, at estimates and before a checkpoint is written; so are
         # those on a GPU, which need not be waited for at every step
@@ -326,11 +330,18 @@ class BackSlash:
         if here:
             self._check_finite([part for part, _ in here], torch.stack([total for _, total in here]))
 
-    def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> None:
-        if self.form == "reference":
-            plain_(w, self.lambda_ * self.strength / self.count, fit.shape, self.eps)
+    def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> bool | None:
+        """The step on one block; whether all weights are finite afterwards, None if that was not looked at."""
+        reference = self.form == "reference"
+        step = self.lambda_ * self.strength * (1 / self.count if reference else lr)
+        scale = 1.0 if reference else fit.scale
+        if fit.shape != 1 and kernels.applies(w, step * fit.shape):
+            return kernels.shrink_(w, step, fit.shape, scale, self.eps, stop=not reference)
+        if reference:
+            plain_(w, step, fit.shape, self.eps)
         else:
-            shrink_(w, lr * self.lambda_ * self.strength, fit.shape, fit.scale, self.eps)
+            shrink_(w, step, fit.shape, scale, self.eps)
+        return None
 
     def _check_finite(self, parts: Sequence[Part], totals: torch.Tensor) -> None:
         bad = (~totals.isfinite()).nonzero()

@@ -108,3 +108,15 @@ def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero(folder, stage):
     assert_same(launch(f"zero{stage}", folder, f"zero{stage}", 2), launch("loop", folder, "loop", 1))
+
+
+def test_deepspeed_of_another_version():
+    """A private attribute that is not there is told, not taken for a model that is not split."""
+    pytest.importorskip("deepspeed")
+    from hf_gg.integrations.zero import zero_parts
+
+    for module, missing in (("stage3", "fp32_partitioned_groups_flat"), ("stage_1_and_2", "bit16_groups")):
+        later = type("DeepSpeedZeroOptimizer", (), {"__module__": f"deepspeed.runtime.zero.{module}"})()
+        with pytest.raises(ValueError, match=rf"DeepSpeed .* keeps its partitions otherwise.*{missing}"):
+            zero_parts(later, {})
+    assert zero_parts(torch.optim.SGD([torch.zeros(1)], lr=0.1), {}) is None
