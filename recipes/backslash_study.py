@@ -2,7 +2,8 @@
 
 A run is a method with one strength and one seed. Finished runs stand in the CSV file and are not made again. Methods:
 
-- `plain`: AdamW without weight decay; `decay`: with it; both without any penalty,
+- `plain`: AdamW without weight decay, at a learning rate of its own if `plain_learning_rate` is given; `decay`: with
+  it; both without any penalty,
 - `backslash`: the decoupled form, ν of each tensor; `l1`, `l2`: the same step with ν = 1 and 2 fixed,
 - `straight`: `backslash` to the end, without the second phase; `loose`: with one that does not hold zeros,
 - `reference`: the reference form with its ε = 1,
@@ -69,6 +70,7 @@ class StudyArguments:
     cooldown: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
     eps: float = field(default=0.1, metadata={"help": "ε of the decoupled form"})
     every: int = field(default=20, metadata={"help": "steps between two estimates of ν"})
+    plain_learning_rate: float = field(default=0.0, metadata={"help": "of the plain runs, where another one is best"})
     tolerance: float = field(default=0.01, metadata={"help": "what may be lost: points of accuracy, or a share"})
     runs: int = field(default=0, metadata={"help": "stop after so many new runs; 0 for all"})
     results: str = field(default="results.csv", metadata={"help": "CSV file"})
@@ -147,6 +149,7 @@ def check_arguments(study: StudyArguments, training: tf.TrainingArguments) -> No
             raise ValueError(f"prunes are shares between 0 and 1, got {share}.")
     if training.max_steps < 1:
         raise ValueError("max_steps must be given: methods are compared after as many steps.")
+    check_number("plain_learning_rate", study.plain_learning_rate)
     BackSlashCallback(warmup=study.warmup, cooldown=study.cooldown, eps=study.eps, every=study.every)
 
 
@@ -213,7 +216,7 @@ def run(
         left -= 1
         start = time.perf_counter()
         callbacks = _callbacks(study, method, value)
-        model = train(seed, _with(training, method, value, seed), callbacks)
+        model = train(seed, _with(training, method, value, seed, study.plain_learning_rate), callbacks)
         seconds = time.perf_counter() - start
         c = _step_size(callbacks, model, value, training.learning_rate)
         rows = [{**key, **row, "c": c, "seconds": f"{seconds:.1f}"} for row in measured(model, study, evaluate)]
@@ -312,10 +315,14 @@ def _step_size(callbacks: list, model: torch.nn.Module, value: float, lr: float)
     return f"{value * shape / count if callback.settings['form'] == 'reference' else value * shape * lr:.3g}"
 
 
-def _with(training: tf.TrainingArguments, method: str, value: float, seed: int) -> tf.TrainingArguments:
+def _with(
+    training: tf.TrainingArguments, method: str, value: float, seed: int, plain_learning_rate: float
+) -> tf.TrainingArguments:
     result = copy.deepcopy(training)
     result.seed = result.data_seed = seed
     result.weight_decay = value if method == "decay" else 0.0
+    if method == "plain" and plain_learning_rate:
+        result.learning_rate = plain_learning_rate
     return result
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..ggd import shape_from_ratio
 from . import kernels
+from .optimizers import innermost
 from .parts import BLOCK_DEVICE, Part, blocks, part_of, sum_over_processes
 from .penalty import fill_zeros_, moments, pack_zeros, penalty, plain_, round_into_, shrink_, widened
 from .rate import Rate, measure
@@ -376,25 +377,6 @@ def check_settings(
     lambda_ = check_number("lambda_", (2000.0 if reference else 0.3) if lambda_ is None else lambda_)
     eps = check_number("eps", (1.0 if reference else 0.1) if eps is None else eps)
     return lambda_, form, shape, eps, every
-
-
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside wrappers, which is the one that sees the true step.
-
-    Raises:
-        TypeError: there is none, or it calls no hooks.
-    """
-    inner = optimizer
-    while getattr(inner, "optimizer", None) is not None:
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer or a wrapper of one, got {type(inner).__name__}.")
-    if not getattr(type(inner).step, "hooked", False) or "DummyOptimizer" in type(inner).__name__:
-        raise TypeError(
-            f"{type(inner).__name__} calls no step hooks, so the penalty cannot follow its steps: use another "
-            "optimizer, or call BackSlash.step(lr) yourself."
-        )
-    return inner
 
 
 def _checked_pair(pair: Any) -> Part:

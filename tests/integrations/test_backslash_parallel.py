@@ -97,7 +97,6 @@ def test_fsdp2_global_shape(folder):
     )
 
 
-@pytest.mark.slow
 def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
     _, log = launch("nan", folder, "nan", 2)
     assert "up_proj.weight has weights that are NaN" in log["error"]

@@ -13,7 +13,8 @@ from torch import nn
 from hf_gg import BackSlash, RF8Linear
 from hf_gg.coding.levels import encode_levels, nearest_levels
 from hf_gg.training import kernels
-from hf_gg.training.backslash import Fit, innermost
+from hf_gg.training.backslash import Fit
+from hf_gg.training.optimizers import innermost
 from hf_gg.training.parts import BLOCK, blocks, part_of
 from hf_gg.training.penalty import fill_zeros_, pack_zeros
 from hf_gg.training.rate import Rate, levels_of
@@ -388,6 +389,9 @@ def test_selection():
     assert list(select_matrices(model, "3")) == ["3.weight"]
     assert list(select_matrices(model, ["[12]", "3"])) == ["1.weight", "3.weight"]
     model[3].weight = nn.Parameter(torch.randn(16, 32))
+    nested = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ab": nn.Linear(4, 4)})
+    assert list(select_matrices(nested, "a")) == ["a.0.weight", "a.1.weight"]
+    assert list(select_matrices(nested, "a.1")) == list(select_matrices(nested, "1")) == ["a.1.weight"]
     tied = nn.ModuleDict({"embed": nn.Embedding(16, 24), "head": nn.Linear(24, 16), "body": nn.Linear(24, 24)})
     tied["head"].weight = tied["embed"].weight
     assert list(select_matrices(tied)) == ["body.weight"]
