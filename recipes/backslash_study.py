@@ -68,6 +68,7 @@ class StudyArguments:
     prunes: list[float] = field(default_factory=lambda: [0.5, 0.8], metadata={"help": "shares of smallest weights"})
     warmup: float = field(default=0.1, metadata={"help": "share of the training in which λ rises"})
     cooldown: float = field(default=0.3, metadata={"help": "share of the training at its end without the penalty"})
+    modules: list[str] = field(default_factory=list, metadata={"help": "what is penalized and measured; none for all"})
     eps: float = field(default=0.1, metadata={"help": "ε of the decoupled form"})
     every: int = field(default=20, metadata={"help": "steps between two estimates of ν"})
     plain_learning_rate: float = field(default=0.0, metadata={"help": "of the plain runs, where another one is best"})
@@ -235,7 +236,7 @@ def run(
 
 def measured(model: torch.nn.Module, study: StudyArguments, evaluate: Callable) -> Iterator[dict[str, str]]:
     """A trained model as it is, on each grid, and pruned."""
-    matrices = select_matrices(model)
+    matrices = select_matrices(model, study.modules or None)
     for grid in (0.0, *study.grids):
         with changed(matrices, lambda w, grid=grid: w.div_(grid).round_().mul_(grid) if grid else w):
             yield _row(matrices, grid, 0.0, evaluate(model))
@@ -247,7 +248,7 @@ def measured(model: torch.nn.Module, study: StudyArguments, evaluate: Callable) 
 
 def pruned(model: torch.nn.Module, study: StudyArguments, evaluate: Callable, seed: str) -> Iterator[dict[str, str]]:
     """The plain model with its smallest weights at zero, on each grid."""
-    matrices = select_matrices(model)
+    matrices = select_matrices(model, study.modules or None)
     for share in study.prunes:
         threshold = _threshold(matrices, share)
         for grid in study.grids:
@@ -330,7 +331,13 @@ def _callbacks(study: StudyArguments, method: str, value: float) -> list[tf.Trai
     if method in ("plain", "decay"):
         return []
     cooldown = 0 if method == "straight" else study.cooldown
-    schedule = {"every": study.every, "warmup": study.warmup, "cooldown": cooldown, "hold_support": method != "loose"}
+    schedule: dict = {
+        "modules": study.modules or None,
+        "every": study.every,
+        "warmup": study.warmup,
+        "cooldown": cooldown,
+        "hold_support": method != "loose",
+    }
     if method == "reference":
         return [BackSlashCallback(value, form="reference", **schedule)]
     return [BackSlashCallback(value, shape={"l1": 1.0, "l2": 2.0}.get(method), eps=study.eps, **schedule)]

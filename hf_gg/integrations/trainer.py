@@ -19,7 +19,7 @@ from .zero import zero_parts
 class BackSlashCallback(TrainerCallback, ExportableState):
     """The rate penalty of `BackSlash` in a `Trainer`.
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[BackSlashCallback(lambda_=0.3)])
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[BackSlashCallback(lambda_=0.1)])
 
     λ rises over the first steps, stays, and is zero for the last part of the training, in which the weights that were
     set to zero stay zero and the others recover. Every training log gets `backslash/…` entries: bits a weight on the

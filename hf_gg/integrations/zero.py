@@ -18,7 +18,7 @@ def zero_parts(optimizer: Any, parameters: Mapping[str, Any]) -> list[Part] | No
     """The parts of parameters under ZeRO 1, 2 and 3, for `BackSlash`.
 
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=AdamW(...), config=...)
-        penalty = BackSlash(zero_parts(optimizer, select_matrices(model)), lambda_=0.3)
+        penalty = BackSlash(zero_parts(optimizer, select_matrices(model)), lambda_=0.1)
         penalty.attach(optimizer)
 
     Args:

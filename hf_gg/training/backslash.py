@@ -37,7 +37,7 @@ class Fit:
 class BackSlash:
     """The penalty J = D + λ R on chosen parameters, as a step of its own after each step of the optimizer.
 
-        penalty = BackSlash(model, lambda_=0.3)
+        penalty = BackSlash(model, lambda_=0.1)
         penalty.attach(optimizer)  # every optimizer.step() is now followed by the penalty's
 
     Two forms. With s the mean |w| of the tensor (unit of the scale) and η the learning rate:
@@ -51,7 +51,7 @@ class BackSlash:
     Args:
         params: a model, whose trainable matrices are taken (`select_matrices`); or a dict, or an iterable of
             (name, parameter) pairs, of which all are taken.
-        lambda_: λ ≥ 0; by default 0.3, or 2000 in the reference form.
+        lambda_: λ ≥ 0; by default 0.1, or 2000 in the reference form.
         form: `"decoupled"` or `"reference"`.
         shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default
             `"tensor"`, or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh
@@ -374,7 +374,7 @@ def check_settings(
         shape = check_number("shape", shape, 0.1, 8.0)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a number of steps, at least 1, got {every!r}.")
-    lambda_ = check_number("lambda_", (2000.0 if reference else 0.3) if lambda_ is None else lambda_)
+    lambda_ = check_number("lambda_", (2000.0 if reference else 0.1) if lambda_ is None else lambda_)
     eps = check_number("eps", (1.0 if reference else 0.1) if eps is None else eps)
     return lambda_, form, shape, eps, every
 
