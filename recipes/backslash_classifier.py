@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run what is not in the results yet; returns the CSV file."""
     config = Path(__file__).with_suffix(".yaml")
     study, training = read_arguments(ClassifierArguments, config, arguments_or(arguments))
+    for name, most in (("layers", 6), ("held_out", 725), ("tokens", 512)):
+        if not 1 <= getattr(study, name) <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {getattr(study, name)}.")
     train_rows, test_rows, labels = articles(study)
     pad = tf.AutoTokenizer.from_pretrained(data.minilm())
 
@@ -45,7 +48,9 @@ def main(arguments: list[str] | None = None) -> Path:
         )
         model.get_input_embeddings().requires_grad_(False)
         collate = tf.DataCollatorWithPadding(pad)
-        tf.Trainer(model, args, collate, train_dataset=train_rows, callbacks=callbacks).train()
+        trainer = tf.Trainer(model, args, collate, train_dataset=train_rows, callbacks=callbacks)
+        trainer.remove_callback(tf.PrinterCallback)
+        trainer.train()
         return model
 
     batches = [tf.DataCollatorWithPadding(pad)(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64)]

@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> Path:
             )
         )
         rows = [{"input_ids": row, "labels": row} for row in train_rows]
-        tf.Trainer(model, args, train_dataset=rows, callbacks=callbacks).train()
+        trainer = tf.Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+        trainer.remove_callback(tf.PrinterCallback)
+        trainer.train()
         return model
 
     def perplexity(model: torch.nn.Module) -> float:

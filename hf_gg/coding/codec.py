@@ -86,6 +86,28 @@ def encode(
     return torch.from_numpy(np.concatenate(written))
 
 
+def size_of_counts(counts: np.ndarray, shape: Sequence[int]) -> float:
+    """Bytes of the payload of symbols that were only counted, with a table of frequencies; within 1 % of `encode`'s,
+    which takes two parameters instead of a table where that is shorter.
+
+    Args:
+        counts: of the 256 symbols, int64 [256].
+        shape: of the tensor.
+    """
+    total = int(counts.sum())
+    if (counts > 0).sum() < 2:
+        return float(len(write_header(Header(CONSTANT, NO_MODEL, tuple(shape)))))
+    chunk, log2_lanes = _layout(total)
+    bits = min(PRECISIONS)
+    frequencies = models.normalize(counts, bits)
+    header = Header(RANS, TABLE, tuple(shape), bits=bits, log2_lanes=log2_lanes, chunk=chunk)
+    header.parameters = models.write_table(frequencies, bits)
+    words = models.cost(counts, frequencies, bits) / 16
+    chunks = -(-total // chunk)
+    header.lengths = np.full(chunks, round(words / chunks), np.int64)
+    return len(write_header(header)) + 4 * header.lanes * chunks + 2 * words
+
+
 def decode(
     payload: torch.Tensor,
     name: str = "payload",

@@ -21,9 +21,11 @@ from __future__ import annotations
 import struct
 import zlib
 
+import numpy as np
 import torch
 
 from . import decode, encode, info
+from .codec import size_of_counts
 
 
 MAGIC = b"GGLEVEL1"
@@ -108,6 +110,25 @@ def encode_levels(values: torch.Tensor, step: float, coder: str = "rans", name: 
     head += struct.pack(f"<{len(planes)}Q", *(payload.numel() for payload in payloads))
     head += struct.pack("<I", zlib.crc32(head))
     return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *payloads])
+
+
+def size_of_levels(counts: torch.Tensor, offset: int) -> float:
+    """Bytes that `encode_levels` needs for levels that were only counted, within 1 %.
+
+    Args:
+        counts: how often each level occurs, int64: `counts[i]` times level `i - offset`.
+        offset: index of level zero.
+    """
+    occurs = counts.nonzero()[:, 0]
+    numbers, levels = counts[occurs].numpy(), (occurs - offset).numpy()
+    magnitude, total = np.abs(levels), int(numbers.sum())
+    planes = [magnitude & 127 | (levels < 0) << 7]
+    magnitude = magnitude >> 7
+    while magnitude.any():
+        planes.append(magnitude & 255)
+        magnitude = magnitude >> 8
+    sizes = [size_of_counts(np.bincount(plane, numbers, 256).astype(np.int64), (total,)) for plane in planes]
+    return _FIXED.size + 8 * len(planes) + 4 + sum(sizes)
 
 
 def read_levels_header(payload: torch.Tensor, name: str = "tensor") -> tuple[torch.dtype, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from .zero import zero_parts
 class BackSlashCallback(TrainerCallback, ExportableState):
     """The rate penalty of `BackSlash` in a `Trainer`.
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[BackSlashCallback(lambda_=0.3)])
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[BackSlashCallback(lambda_=0.1)])
 
     λ rises over the first steps, stays, and is zero for the last part of the training, in which the weights that were
     set to zero stay zero and the others recover. Every training log gets `backslash/…` entries: bits a weight on the
@@ -93,8 +93,11 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         if state.global_step > 0:
             entries = state.stateful_callbacks.get(name) or {}
-            for entry in entries if isinstance(entries, list) else [entries]:
-                self.saved = entry.get("attributes", {}).get("saved") or self.saved
+            entries = entries if isinstance(entries, list) else [entries]
+            for entry in entries:
+                # with several callbacks, the entry of the one that acts on the same modules
+                if len(entries) == 1 or entry.get("args", {}).get("modules") == self.modules:
+                    self.saved = entry.get("attributes", {}).get("saved") or self.saved
             if self.saved is not None:
                 self.backslash.load_state_dict(self.saved)
         self.saved = None
@@ -177,9 +180,11 @@ def _log_with_metrics() -> None:
     @functools.wraps(log)
     def log_with_metrics(self, logs, *args, **kwargs):
         if "loss" in logs:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, BackSlashCallback):
-                    logs.update(callback.metrics())
+            found = [c for c in self.callback_handler.callbacks if isinstance(c, BackSlashCallback)]
+            for place, callback in enumerate(found, 1):
+                own = callback.metrics()
+                # a second one, on other modules, has names of its own
+                logs.update(own if place == 1 else {k.replace("/", f"_{place}/", 1): v for k, v in own.items()})
         return log(self, logs, *args, **kwargs)
 
     Trainer.log = log_with_metrics  # type: ignore[method-assign]

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from ..ggd import shape_from_ratio
-from .parts import Part, blocks, part_of, sum_over_processes
+from . import kernels
+from .optimizers import innermost
+from .parts import BLOCK_DEVICE, Part, blocks, part_of, sum_over_processes
 from .penalty import fill_zeros_, moments, pack_zeros, penalty, plain_, round_into_, shrink_, widened
 from .rate import Rate, measure
 from .selection import check_number, select_matrices
@@ -35,7 +37,7 @@ class Fit:
 class BackSlash:
     """The penalty J = D + λ R on chosen parameters, as a step of its own after each step of the optimizer.
 
-        penalty = BackSlash(model, lambda_=0.3)
+        penalty = BackSlash(model, lambda_=0.1)
         penalty.attach(optimizer)  # every optimizer.step() is now followed by the penalty's
 
     Two forms. With s the mean |w| of the tensor (unit of the scale) and η the learning rate:
@@ -49,7 +51,7 @@ class BackSlash:
     Args:
         params: a model, whose trainable matrices are taken (`select_matrices`); or a dict, or an iterable of
             (name, parameter) pairs, of which all are taken.
-        lambda_: λ ≥ 0; by default 0.3, or 2000 in the reference form.
+        lambda_: λ ≥ 0; by default 0.1, or 2000 in the reference form.
         form: `"decoupled"` or `"reference"`.
         shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default
             `"tensor"`, or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh
@@ -310,15 +312,18 @@ class BackSlash:
                 generator = torch.Generator(local.device)
                 # the same on every process, another for each tensor and step
                 generator.manual_seed(hash((self.seed, self.steps, self._places[part.name])) & (2**63 - 1))
-            for index, block in enumerate(blocks(local) if local is not None else ()):
+            # the kernel has threads of its own, and needs no temporaries
+            size = BLOCK_DEVICE if generator is None and held is None and kernels.available() else None
+            for index, block in enumerate(blocks(local, size) if local is not None else ()):
+                finite = None
                 if self.active:
                     w = widened(block)
-                    self._shrink(w, self.fits[part.name], lr)
+                    finite = self._shrink(w, self.fits[part.name], lr)
                     if generator is not None:
                         round_into_(block, w, generator)
                 if held:
                     fill_zeros_(block, held[index])
-                total += block.sum(dtype=torch.float32)
+                total += block.sum(dtype=torch.float32) if finite is None else 0.0 if finite else math.nan
             totals.append(total)
         # split tensors are checked where all processes meet, at estimates and before a checkpoint is written; so are
         # those on a GPU, which need not be waited for at every step
@@ -326,11 +331,18 @@ class BackSlash:
         if here:
             self._check_finite([part for part, _ in here], torch.stack([total for _, total in here]))
 
-    def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> None:
-        if self.form == "reference":
-            plain_(w, self.lambda_ * self.strength / self.count, fit.shape, self.eps)
+    def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> bool | None:
+        """The step on one block; whether all weights are finite afterwards, None if that was not looked at."""
+        reference = self.form == "reference"
+        step = self.lambda_ * self.strength * (1 / self.count if reference else lr)
+        scale = 1.0 if reference else fit.scale
+        if fit.shape != 1 and kernels.applies(w, step * fit.shape):
+            return kernels.shrink_(w, step, fit.shape, scale, self.eps, stop=not reference)
+        if reference:
+            plain_(w, step, fit.shape, self.eps)
         else:
-            shrink_(w, lr * self.lambda_ * self.strength, fit.shape, fit.scale, self.eps)
+            shrink_(w, step, fit.shape, scale, self.eps)
+        return None
 
     def _check_finite(self, parts: Sequence[Part], totals: torch.Tensor) -> None:
         bad = (~totals.isfinite()).nonzero()
@@ -362,28 +374,9 @@ def check_settings(
         shape = check_number("shape", shape, 0.1, 8.0)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a number of steps, at least 1, got {every!r}.")
-    lambda_ = check_number("lambda_", (2000.0 if reference else 0.3) if lambda_ is None else lambda_)
+    lambda_ = check_number("lambda_", (2000.0 if reference else 0.1) if lambda_ is None else lambda_)
     eps = check_number("eps", (1.0 if reference else 0.1) if eps is None else eps)
     return lambda_, form, shape, eps, every
-
-
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside wrappers, which is the one that sees the true step.
-
-    Raises:
-        TypeError: there is none, or it calls no hooks.
-    """
-    inner = optimizer
-    while getattr(inner, "optimizer", None) is not None:
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer or a wrapper of one, got {type(inner).__name__}.")
-    if not getattr(type(inner).step, "hooked", False) or "DummyOptimizer" in type(inner).__name__:
-        raise TypeError(
-            f"{type(inner).__name__} calls no step hooks, so the penalty cannot follow its steps: use another "
-            "optimizer, or call BackSlash.step(lr) yourself."
-        )
-    return inner
 
 
 def _checked_pair(pair: Any) -> Part:

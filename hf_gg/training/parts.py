@@ -71,18 +71,18 @@ def part_of(name: str, parameter: torch.Tensor) -> Part:
     return Part(name, parameter, parameter.numel(), parameter, tuple(groups))
 
 
-def blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Cut a tensor into flat views that share its memory."""
+def blocks(tensor: torch.Tensor, size: int | None = None) -> Iterator[torch.Tensor]:
+    """Cut a tensor into flat views of at most `size` values that share its memory."""
     if tensor.numel() == 0:
         return
     strides = tensor.stride()
     tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
     if tensor.is_contiguous() or tensor.ndim == 1:
         flat = tensor.view(-1) if tensor.ndim != 1 else tensor
-        yield from flat.split(BLOCK if tensor.device.type == "cpu" else BLOCK_DEVICE)
+        yield from flat.split(size or (BLOCK if tensor.device.type == "cpu" else BLOCK_DEVICE))
     else:
         for row in tensor:
-            yield from blocks(row)
+            yield from blocks(row, size)
 
 
 def sum_over_processes(table: torch.Tensor, parts: Iterable[Part]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How many bits weights cost on a uniform grid, the code book counted, and how many of them are zero."""
+"""How many bits weights cost on a uniform grid, as `hf_gg.coding` codes them, and how many of them are zero."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..coding.levels import size_of_levels
 from .parts import Part, blocks
 
 
-# One level in the code book: 16 bits for the level, 16 for its frequency. A tensor's step is one float32.
-LEVEL_BITS = 32
-STEP_BITS = 32
 MAX_LEVELS = 1 << 24
 
 
@@ -25,8 +23,8 @@ class Rate:
 
     Attributes:
         numel: number of weights.
-        bits: bits a weight: order-0 entropy of the levels, each tensor with its own frequencies, and the code book.
-        codebook_bits: the code book's part of `bits`.
+        bits: bits a weight: size of the levels as `hf_gg.coding.levels` codes each tensor, within 1 %.
+        codebook_bits: what that is above their order-0 entropy: tables of frequencies, headers, states of the coder.
         sparsity: share of weights on level zero.
         zeros: share of weights that are exactly zero.
     """
@@ -70,9 +68,9 @@ class Levels:
         """What they cost."""
         present = self.counts[self.counts > 0].double()
         n = max(int(self.counts.sum()), 1)
-        book = (LEVEL_BITS * len(present) + STEP_BITS) / n
         entropy = float((present * (n / present).log2()).sum()) / n
-        return Rate(n, entropy + book, book, float(self.counts[self.offset]) / n, self.zeros / n)
+        bits = 8 * size_of_levels(self.counts, self.offset) / n if len(present) else 0.0
+        return Rate(n, bits, bits - entropy, float(self.counts[self.offset]) / n, self.zeros / n)
 
 
 def levels_of(part: Part, grid: float) -> Levels:

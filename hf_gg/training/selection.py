@@ -25,8 +25,8 @@ def select_matrices(
 
     Args:
         model: any module.
-        modules: names of modules to take, each a whole name, its end or its beginning up to a dot, or a regular
-            expression for the whole name; None for all.
+        modules: names of modules to take with all that is in them, each a whole name or parts of one between dots
+            (`"mlp"`, `"layers.3"`), or a regular expression for the whole name; None for all.
         embeddings: take `nn.Embedding` too.
         trainable: take only what is trained; else frozen matrices too, codes among them.
 
@@ -89,7 +89,7 @@ def kind_of(name: str) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}."):
+    if f".{pattern}." in f".{name}.":
         return True
     try:
         return re.fullmatch(pattern, name) is not None
@@ -117,8 +117,8 @@ def _nothing_named(model: nn.Module, pattern: str) -> str:
     if not names:
         example = next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), "")
         return (
-            f"modules={pattern!r} matches no module of {type(model).__name__}. Give a module's whole name, its end or "
-            f"beginning, or a regular expression for the whole name, such as {example!r}."
+            f"modules={pattern!r} matches no module of {type(model).__name__}. Give a module's whole name, parts "
+            f"of it between dots, or a regular expression for the whole name, such as {example!r}."
         )
     return (
         f"modules={pattern!r} matches {names[0]!r} and {len(names) - 1} more, but none holds a trainable matrix: "

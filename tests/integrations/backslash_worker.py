@@ -121,6 +121,7 @@ def with_zero() -> None:
         "train_micro_batch_size_per_gpu": BATCH // WORLD,
         "zero_optimization": {"stage": int(MODE[-1]), "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default it clips at a norm of 1, which the loop does not
     }
     optimizer = torch.optim.AdamW(groups(model), lr=LR)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -25,15 +25,9 @@ def launch(mode: str, folder: Path, output: str, world: int, how: str = "torchru
         port = str(free.getsockname()[1])
     alone = [sys.executable]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--multi_cpu",
-    ]
-    accelerate += [f"--num_processes={world}", f"--main_process_port={port}", "--num_machines=1"]
-    accelerate += ["--mixed_precision=no", "--dynamo_backend=no"]
+    # --multi_gpu names the launcher: with --cpu, accelerate starts several processes by mpirun only
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={world}"]
+    accelerate += [f"--main_process_port={port}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = {"alone": alone, "torchrun": torchrun, "accelerate": accelerate}[how if world > 1 else "alone"]
     settings = {"OMP_NUM_THREADS": "1", "SHAPE": shape, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | settings
@@ -103,7 +97,6 @@ def test_fsdp2_global_shape(folder):
     )
 
 
-@pytest.mark.slow
 def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
     _, log = launch("nan", folder, "nan", 2)
     assert "up_proj.weight has weights that are NaN" in log["error"]
@@ -114,3 +107,15 @@ def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero(folder, stage):
     assert_same(launch(f"zero{stage}", folder, f"zero{stage}", 2), launch("loop", folder, "loop", 1))
+
+
+def test_deepspeed_of_another_version():
+    """A private attribute that is not there is told, not taken for a model that is not split."""
+    pytest.importorskip("deepspeed")
+    from hf_gg.integrations.zero import zero_parts
+
+    for module, missing in (("stage3", "fp32_partitioned_groups_flat"), ("stage_1_and_2", "bit16_groups")):
+        later = type("DeepSpeedZeroOptimizer", (), {"__module__": f"deepspeed.runtime.zero.{module}"})()
+        with pytest.raises(ValueError, match=rf"DeepSpeed .* keeps its partitions otherwise.*{missing}"):
+            zero_parts(later, {})
+    assert zero_parts(torch.optim.SGD([torch.zeros(1)], lr=0.1), {}) is None

@@ -184,6 +184,22 @@ def test_resume_is_bit_identical(tmp_path, at, restore):
     assert same(whole, other.model) == (at == 8)
 
 
+def test_two_on_different_modules(tmp_path):
+    """Each keeps its own state and has names of its own in the log."""
+
+    def callbacks():
+        first = BackSlashCallback(0.4, modules="mlp", every=4)
+        return [first, BackSlashCallback(1.2, modules=["self_attn"], every=4, cooldown=0)]
+
+    changes = {"save_strategy": "steps", "save_steps": 6}
+    whole = trained(tmp_path / "a", callbacks(), **changes)
+    logs = whole.state.log_history[0]
+    assert "backslash/shape/up_proj" in logs and "backslash_2/shape/q_proj" in logs
+    assert "backslash/shape/q_proj" not in logs and logs["backslash_2/zeros"] != logs["backslash/zeros"]
+    again = trained(tmp_path / "b", callbacks(), tiny_llama(5), str(tmp_path / "a/checkpoint-6"), **changes)
+    assert same(whole.model, again.model)
+
+
 @pytest.mark.parametrize(
     "optim",
     ["adamw_torch", "adamw_torch_fused", "adafactor", "adamw_torch_8bit", "adamw_bnb_8bit", "sgd", "lion_8bit"],
