@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.accelerate import get_device
 from transformers.utils import logging
 
 from .. import coding
 from ..coding import codec
 from ..coding.levels import decode_levels, is_levels, read_levels_header
 from ..formats import get_format
+from ..ops.coded import decode_symbols
 from .selection import code_parameters
 
 
@@ -91,14 +93,26 @@ class CodedSlice:
         errors: takes the message of each damaged tensor; zeros of the wanted shape stand in for it.
         ignore_shape: a tensor of another shape than the parameter's is not decoded: zeros of its shape stand in.
         weight_format: of codes, if it is known: then what it refuses is an error here.
+        device: where the loader will want codes. On a CUDA device they are decoded there, from the payload.
     """
 
     def __init__(
-        self, source, name, dtype, shape, limit, threads, errors: list[str], ignore_shape: bool, weight_format=None
+        self,
+        source,
+        name,
+        dtype,
+        shape,
+        limit,
+        threads,
+        errors: list[str],
+        ignore_shape: bool,
+        weight_format: str | None = None,
+        device: torch.device | None = None,
     ):
         self.source, self.name, self.dtype = source, name, dtype
         self.shape, self.limit, self.threads = shape, limit, threads
         self.errors, self.ignore_shape, self.weight_format = errors, ignore_shape, weight_format
+        self.device = device
 
     def get_shape(self) -> list[int]:
         if self.shape is not None:
@@ -114,7 +128,8 @@ class CodedSlice:
     def __getitem__(self, index) -> torch.Tensor:
         try:
             decoded = self._decode()[index]
-            decoded._hf_gg_checked = self.weight_format  # type: ignore[attr-defined]
+            if decoded.device.type == "cpu":
+                decoded._hf_gg_checked = self.weight_format  # type: ignore[attr-defined]
             return decoded
         except ValueError as error:
             if self.shape is None:
@@ -138,6 +153,8 @@ class CodedSlice:
                 f"{self.name} is coded with shape {shape}, and the model wants {wanted}: the checkpoint is damaged, "
                 "or of another model."
             )
+        if self.dtype == torch.uint8 and self.device is not None and self.device.type == "cuda":
+            return decode_symbols(payload, self.name, self.device, self.threads, expected_shape=shape)
         if self.dtype == torch.uint8:
             refused = get_format(self.weight_format).refused if self.weight_format else ()
             return coding.decode(
@@ -206,7 +223,10 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
         shape = tuple(parameter.shape) if pattern is None or parameter.dtype == torch.uint8 else None
         ignore_shape = load_config.ignore_mismatched_sizes
         fmt = formats.get(name) if shape is not None else None
-        result[key] = CodedSlice(value, name, parameter.dtype, shape, total, threads, errors, ignore_shape, fmt)
+        device = _device(get_device(load_config.device_map or {"": "cpu"}, name, valid_torch_device=True))
+        result[key] = CodedSlice(
+            value, name, parameter.dtype, shape, total, threads, errors, ignore_shape, fmt, device
+        )
         # the file cannot be read in its place
         for target in [target for target, entry in offloaded.items() if entry.get("weight_name") == key]:
             del offloaded[target]
@@ -218,6 +238,10 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
 def take_errors(model: nn.Module) -> list[str]:
     """What was found wrong with coded tensors while the model was loaded."""
     return model.__dict__.pop("_coding_errors", [])
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def _dtype(value) -> str:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_codes_are_not_read_again_to_be_checked(tmp_path, coder, weight_format, 
 
     monkeypatch.setattr(type(get_format(weight_format)), "validate", validate)
     AutoModel.from_pretrained(tmp_path)
+
+
+def test_on_a_cuda_device_the_payload_is_what_moves(checkpoint, monkeypatch):
+    """Without such a device: to which one the loader's slices take their payloads, and that codes are then checked."""
+    calls = []
+
+    def decode_symbols(payload, name, device, threads, expected_shape):
+        calls.append((name, payload.ndim, str(device)))
+        return coding.decode(payload, name, threads, expected_shape)
+
+    monkeypatch.setattr(coded, "decode_symbols", decode_symbols)
+    model = AutoModel.from_pretrained(checkpoint)
+    config = SimpleNamespace(
+        weight_mapping=None, ignore_mismatched_sizes=False, device_map={"layers.0": 1, "layers.1": "cpu", "": "cuda:0"}
+    )
+    state = {
+        f"model.{n}.weight": stored(checkpoint)[f"model.{n}.weight"]
+        for n in ("layers.0.mlp.up_proj", "layers.1.mlp.up_proj")
+    }
+    slices, _ = coded.with_coded_slices(model, state, config, None)
+    for name, slice_ in slices.items():
+        codes = slice_[...]
+        assert torch.equal(codes, coding.decode(state[name])) and codes.device.type == "cpu"
+    assert calls == [("layers.0.mlp.up_proj.weight", 1, "cuda:1")]
 
 
 # --- round trips ---

@@ -307,7 +307,7 @@ def test_another_base_model(tmp_path):
     small = tiny_llama().config.to_dict()
     for changes, message in (
         ({"intermediate_size": 40}, r"had the shape \[\d+, \d+\], and has"),
-        ({"num_hidden_layers": 1}, "has maps for 14 modules, and the model 7"),
+        ({"num_hidden_layers": 1}, r"'model\.layers\.1\.[a-z_.]+' is not found in the base model"),
         ({"initializer_range": 0.05}, "have the scale .*, and the adapter's were .* made for another base model"),
     ):
         torch.manual_seed(0)
