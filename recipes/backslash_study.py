@@ -455,11 +455,11 @@ def plot(rows: list[dict[str, str]], study: StudyArguments, better: str) -> None
         left.errorbar(xs, ys, errors, color=color, marker="o", ms=4, lw=1.4, capsize=2, label=method)
     left.axhline(plain, color="#444444", lw=0.8, ls=":")
     left.axhline(limit, color="#444444", lw=0.8, ls="--")
-    span = abs(plain - limit)
+    span, metrics = abs(plain - limit), [p.metric for p in found]
     if better == "higher":
-        left.set_ylim(plain - 12 * span, plain + 2 * span)
+        left.set_ylim(plain - 12 * span, max(metrics) + span)
     else:
-        left.set_ylim(plain - 3 * span, plain + 15 * span)
+        left.set_ylim(min(metrics) - span, plain + 10 * span)
     left.set_xlim(0, max(6.0, *(min(p.bits for p in found if p.method == m) for m in ("plain",))))
     left.set_xlabel("bits a weight, code book counted")
     left.set_ylabel("metric on held-out data")
