@@ -60,13 +60,8 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
             raise ValueError(f"{damaged}: the header is no JSON ({error}). Download or save it again.") from error
     if not isinstance(header, dict):
         raise ValueError(f"{damaged}: the header is no table of tensors.")
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            end = int(entry["data_offsets"][1])
-        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-            raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.") from error
+    ends = {tensor: _end(entry, tensor, damaged) for tensor, entry in header.items() if tensor != "__metadata__"}
+    for tensor, end in ends.items():
         if 8 + length + end > size:
             message = f"{name} is truncated: {tensor} ends at byte {8 + length + end}, the file has {size}."
             raise TruncatedError(message, header, 8 + length, tensor)
@@ -75,6 +70,17 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
             return header
     except SafetensorError as error:
         raise ValueError(f"{damaged}: {error}. Download or save it again.") from error
+
+
+def _end(entry, tensor: str, damaged: str) -> int:
+    """Where a tensor ends. All entries are looked at: of a truncated file, safetensors has seen none."""
+    try:
+        start, end = entry["data_offsets"]
+        if type(start) is int and type(end) is int:
+            return end
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{damaged}: the header's entry of {tensor} has no data_offsets.")
 
 
 def _what_else(path: str | os.PathLike) -> str:

@@ -274,6 +274,22 @@ def samples(tmp_path_factory):
     return {path.suffix: path.read_bytes() for path in folder.glob("m.*")}
 
 
+@pytest.mark.parametrize("offsets", [[512.64], [512, "640"], [0, True], None, "ab", [1, 2, 3], [512, 1e3]])
+def test_a_bad_entry_behind_a_truncated_one(tmp_path, offsets):
+    """Of a truncated file all entries are checked, also those after the first that is cut off."""
+    entries = {
+        "a": {"dtype": "F32", "shape": [4, 32], "data_offsets": [0, 512]},
+        "b": {"dtype": "F16", "shape": [2, 32], "data_offsets": offsets},
+    }
+    header = json.dumps(entries).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
+    with (
+        pytest.raises(ValueError, match=r"m\.safetensors .*entry of b has no data_offsets"),
+        open_checkpoint(str(tmp_path / "m.safetensors")),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".gguf"])
 @settings(max_examples=120, deadline=None)
 @given(draw=st.data())
