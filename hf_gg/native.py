@@ -18,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,44 @@ class Library:
             function.restype = _SIZE if result else None
             function.argtypes = [_POINTER if letter == "p" else _SIZE for letter in arguments]
         return library
+
+
+class Lazy:
+    """A library that is compiled and loaded when it is first asked for, by one thread.
+
+    Args:
+        load: returns it, or raises a `BuildError`.
+        what: it is, for errors: "the CPU kernels are".
+    """
+
+    def __init__(self, load: Callable[[], ctypes.CDLL], what: str) -> None:
+        self._load, self._what, self._lock = load, what, threading.Lock()
+        self._found: tuple[ctypes.CDLL | None, str | None] | None = None
+
+    def available(self) -> bool:
+        """Whether it can run here. The first call may compile it: some seconds, once per machine."""
+        return self._result()[0] is not None
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return self._result()[1]
+
+    def get(self) -> ctypes.CDLL:
+        """The library; `RuntimeError` if it cannot run here."""
+        library, reason = self._result()
+        if library is None:
+            raise RuntimeError(f"{self._what} not available: {reason}.")
+        return library
+
+    def forget(self) -> None:
+        """Look again at the next call: for tests that change the environment."""
+        self._found = None
+
+    def _result(self) -> tuple[ctypes.CDLL | None, str | None]:
+        if self._found is None:
+            with self._lock:  # one thread compiles
+                self._found = self._found or try_load(self._load)
+        return self._found
 
 
 def try_load(load: Callable[[], ctypes.CDLL]) -> tuple[ctypes.CDLL | None, str | None]:

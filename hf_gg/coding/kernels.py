@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..native import Library, try_load
+from ..native import Lazy, Library
 
 
 # Chunks of a thread's next piece of work: few, to even out the threads' speeds.
@@ -34,17 +32,8 @@ _LIBRARY = Library(
         "hf_gg_golomb_measure": ("", "ppnnnnp"),
     },
 )
-_lock = threading.Lock()
-
-
-def available() -> bool:
-    """Whether the compiled coder can run here. The first call may compile it: about a second, once per machine."""
-    return _loaded()[0] is not None
-
-
-def why_not() -> str | None:
-    """Why the compiled coder cannot run here, or None."""
-    return _loaded()[1]
+_LAZY = Lazy(_LIBRARY.load, "the compiled coder is")
+available, why_not, _library = _LAZY.available, _LAZY.why_not, _LAZY.get
 
 
 def isa() -> int:
@@ -245,20 +234,3 @@ def _run(chunks: int, threads: int, work: Callable[[int, int], int | None]) -> i
     for helper in helpers:
         helper.join()
     return damaged[0] if damaged else -1
-
-
-def _library() -> ctypes.CDLL:
-    loaded, reason = _loaded()
-    if loaded is None:
-        raise RuntimeError(f"the compiled coder is not available: {reason}.")
-    return loaded
-
-
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    with _lock:  # one thread compiles
-        return _load()
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    return try_load(_LIBRARY.load)

@@ -67,6 +67,13 @@ EXPORT int64_t hf_gg_ggd_isa(void) {
 #endif
 }
 
+/* A function for the instruction set. */
+#ifdef HF_GG_X86
+#define CHOOSE(isa, name) ((isa) > 0 ? name##_avx2 : name##_portable)
+#else
+#define CHOOSE(isa, name) ((void)(isa), name##_portable)
+#endif
+
 typedef void chunk_function(const job *, int64_t begin, int64_t end, double *out);
 
 /* The function's sums of each job, [jobs, sums]; added chunk after chunk, so that threads change nothing. With
@@ -108,22 +115,12 @@ static int64_t run(chunk_function *function, int64_t threads, int64_t jobs, cons
 
 /* `jobs` have pivot and whether third and fourth powers are wanted; `out` is [jobs, 10], see kernels.h. */
 EXPORT int64_t hf_gg_ggd_moments(int64_t isa, int64_t threads, int64_t jobs, const job *j, double *out) {
-  chunk_function *function = moments_portable;
-#ifdef HF_GG_X86
-  if (isa > 0) function = moments_avx2;
-#endif
-  (void)isa;
-  return run(function, threads, jobs, j, 10, 1, out);
+  return run(CHOOSE(isa, moments), threads, jobs, j, 10, 1, out);
 }
 
 /* `jobs` have ν, α, μ and whether the score is wanted; `out` is [jobs, 7], see kernels.h. */
 EXPORT int64_t hf_gg_ggd_powers(int64_t isa, int64_t threads, int64_t jobs, const job *j, double *out) {
-  chunk_function *function = powers_portable;
-#ifdef HF_GG_X86
-  if (isa > 0) function = powers_avx2;
-#endif
-  (void)isa;
-  return run(function, threads, jobs, j, 7, 0, out);
+  return run(CHOOSE(isa, powers), threads, jobs, j, 7, 0, out);
 }
 
 /* One job of center, half width and two shapes. `near` gets the first `capacity` of the values that are near, in no
@@ -131,12 +128,7 @@ EXPORT int64_t hf_gg_ggd_powers(int64_t isa, int64_t threads, int64_t jobs, cons
    see kernels.h. */
 EXPORT int64_t hf_gg_ggd_near(int64_t isa, int64_t threads, job *j, double *near, int64_t capacity, int64_t *found,
                               double *out) {
-  chunk_function *function = near_portable;
-#ifdef HF_GG_X86
-  if (isa > 0) function = near_avx2;
-#endif
-  (void)isa;
   *found = 0;
   j->near = near, j->capacity = capacity, j->found = found;
-  return run(function, threads, 1, j, 2 * ORDERS + 1, 0, out);
+  return run(CHOOSE(isa, near), threads, 1, j, 2 * ORDERS + 1, 0, out);
 }

@@ -7,15 +7,13 @@ Where there is no compiler, on other devices and for other dtypes, `scan.py` and
 from __future__ import annotations
 
 import ctypes
-import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..native import Library, try_load
+from ..native import Lazy, Library
 
 
 _LIBRARY = Library(
@@ -38,17 +36,8 @@ _JOB = np.dtype(
     [("x", "u8"), ("count", "i8"), ("dtype", "i8"), ("parameters", "f8", 4), ("near", "u8"), ("capacity", "i8"),
      ("found", "u8")]
 )  # fmt: skip
-_lock = threading.Lock()
-
-
-def available() -> bool:
-    """Whether the kernels can run here. The first call may compile them: some seconds, once per machine."""
-    return _loaded()[0] is not None
-
-
-def why_not() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    return _loaded()[1]
+_LAZY = Lazy(_LIBRARY.load, "the kernels are")
+available, why_not = _LAZY.available, _LAZY.why_not
 
 
 def reads(x: torch.Tensor) -> bool:
@@ -136,19 +125,6 @@ def _call(name: str, jobs: np.ndarray, sums: int) -> np.ndarray:
     return out
 
 
-@functools.cache
 def _library() -> tuple[ctypes.CDLL, int]:
-    library = _loaded()[0]
-    if library is None:
-        raise RuntimeError(f"the kernels are not available: {why_not()}.")
+    library = _LAZY.get()
     return library, library.hf_gg_ggd_isa()
-
-
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    with _lock:  # one thread compiles
-        return _load()
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    return try_load(_LIBRARY.load)

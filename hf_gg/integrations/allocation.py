@@ -63,8 +63,8 @@ def allocate(
     if isinstance(sensitivity, str):
         check_sensitivity(sensitivity)
     if chosen is None:
+        from .config import GGConfig
         from .selection import select
-        from .transformers import GGConfig
 
         chosen = select(model, GGConfig(), from_checkpoint=False)
     parameters, turned, _ = _parameters(model, chosen)

@@ -385,9 +385,6 @@ def test_without_matplotlib(tmp_path):
     assert run.returncode == 1 and "pip install matplotlib" in run.stderr and run.stdout == ""
 
 
-HUB = {"HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
 def test_hub_name(tmp_path):
     save_file({"layers.0.fc.weight": torch.randn(64, 64)}, tmp_path / "m.safetensors")
     shard = (tmp_path / "m.safetensors").read_bytes()
@@ -398,10 +395,8 @@ def test_hub_name(tmp_path):
     def command(hub, *arguments, **more):
         environment = {
             **os.environ,
-            **HUB,
+            **hub.environment(str(tmp_path / "home")),
             "HF_HUB_DISABLE_PROGRESS_BARS": "0",
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
             **more,
         }
         return subprocess.run(

@@ -76,7 +76,7 @@ def test_instruction_sets_agree(isa, bits, count):
 
 def test_turned_off_by_the_environment(monkeypatch):
     monkeypatch.setenv("HF_GG_CPU_KERNELS", "0")
-    kernels._load.cache_clear()
+    kernels._LAZY.forget()
     try:
         assert not kernels.available() and kernels.why_not() == "turned off by HF_GG_CPU_KERNELS"
         symbols = symbols_of("levels", (33, 100))
@@ -84,7 +84,7 @@ def test_turned_off_by_the_environment(monkeypatch):
         with pytest.raises(RuntimeError, match="the compiled coder is not available: turned off"):
             kernels.isa()
     finally:
-        kernels._load.cache_clear()
+        kernels._LAZY.forget()
 
 
 @pytest.mark.parametrize("count", [100_000, 884_736])

@@ -53,6 +53,17 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
+    def environment(self, home: str) -> dict[str, str]:
+        """Variables of a process that takes this for the hub, with its cache in `home`."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": home,
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+
     def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self

@@ -70,9 +70,12 @@ class ByHand(TrainerCallback):
     def __init__(self, lambda_: float) -> None:
         self.lambda_, self.penalty = lambda_, None
 
+    def chosen(self, model):
+        return model
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.penalty is None:
-            self.penalty = BackSlash(model, self.lambda_, every=10**9)
+            self.penalty = BackSlash(self.chosen(model), self.lambda_, every=10**9)
             self.penalty.estimate()
             self.penalty.steps = 1
         if state.global_step % 4 == 0:

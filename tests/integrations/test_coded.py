@@ -327,8 +327,7 @@ assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_di
 @pytest.mark.slow
 def test_push_to_hub(checkpoint, tmp_path):
     with Hub() as hub:
-        options = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
-        done = run_script(HUB_SCRIPT, checkpoint, **options, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+        done = run_script(HUB_SCRIPT, checkpoint, **hub.environment(str(tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files["user/tiny-coded"]
     assert json.loads(files["config.json"])["quantization_config"]["coding"] == "rans"

@@ -35,15 +35,7 @@ print(json.dumps(sorted(__import__("os").listdir(folder + "/tiny-rf8-too"))))
 
 def test_push_and_load_by_name(tmp_path):
     with Hub() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
+        environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
         run = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)],
             env=environment,

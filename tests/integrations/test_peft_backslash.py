@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
-from test_backslash_trainer import TOKENS, arguments, tiny_llama, trained
+from test_backslash_trainer import TOKENS, ByHand, arguments, tiny_llama, trained
 from torch import nn
 from transformers import TrainerCallback
 
@@ -169,23 +169,11 @@ def test_several_adapters(tmp_path):
 # --- training ---
 
 
-class ByHand(TrainerCallback):
-    """The penalty after each step of the optimizer, from the outside."""
+class DeltaByHand(ByHand):
+    """The penalty on ΔW after each step of the optimizer, from the outside."""
 
-    def __init__(self, lambda_: float) -> None:
-        self.lambda_, self.penalty = lambda_, None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.penalty is None:
-            chosen = {n: p for n, p in model.named_parameters() if "backslash_delta" in n}
-            self.penalty = BackSlash(chosen, self.lambda_, every=10**9)
-            self.penalty.estimate()
-            self.penalty.steps = 1
-        if state.global_step % 4 == 0:
-            self.penalty.estimate()
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.penalty.step(optimizer.param_groups[0]["lr"])
+    def chosen(self, model):
+        return {n: p for n, p in model.named_parameters() if "backslash_delta" in n}
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -193,7 +181,7 @@ def test_stock_trainer_without_a_callback_equals_the_penalty_by_hand(tmp_path, a
     changes = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.1}
     first = trained(tmp_path, model=wrapped(lambda_=0.6, grid=None), **changes)
     plain = wrapped(lambda_=0.0, grid=None)
-    second = trained(tmp_path, [ByHand(0.6)], model=plain, **changes)
+    second = trained(tmp_path, [DeltaByHand(0.6)], model=plain, **changes)
     assert same(deltas(first.model), deltas(second.model))
     assert 0.1 < share_of_zeros(first.model) < 1
     third = trained(tmp_path, model=wrapped(lambda_=0.0, grid=None), **changes)
@@ -635,14 +623,7 @@ with torch.no_grad():
 def test_push_and_load_by_name(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     with Hub() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
         run = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(PUSH), str(tmp_path / "base")],
             env=environment,

@@ -397,14 +397,7 @@ def test_push_and_load_by_name(tmp_path):
     code = textwrap.dedent(PUSH).replace("BackSlash", "DeepShape").replace("tiny-backslash", "tiny-deepshape")
     code = code.replace("p.data.copy_((torch.randn_like(p) * 30).round() * 2**-13)", "p.data.sub_(0.1)")
     with Hub() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
         run = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "base")],
             env=environment,

@@ -448,8 +448,7 @@ def switched(monkeypatch):
     """Makes the next call load the kernels anew."""
 
     def clear():
-        runtime._load.cache_clear()
-        runtime.library.cache_clear()
+        runtime._LAZY.forget()
 
     clear()
     yield

@@ -154,6 +154,7 @@ class BackSlashLayer(MatrixLayer):
         return result
 
     def _change(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """What ΔW adds to the output, by the kind of layer."""
         raise NotImplementedError
 
 
@@ -168,9 +169,7 @@ class BackSlashEmbedding(BackSlashLayer):
     """Around `nn.Embedding` and `RF8Embedding`."""
 
     def _change(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        rows = functional.embedding(x, delta, self.get_base_layer().padding_idx)
-        scale = self._get_embed_scale()
-        return rows if scale is None else rows * scale
+        return self._look_up(x, delta)
 
 
 class BackSlashModel(MatrixTuner):

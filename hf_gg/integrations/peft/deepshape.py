@@ -187,6 +187,7 @@ class DeepShapeLayer(MatrixLayer):
         return self._with(x, self.mapped_weight(adapter))
 
     def _with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The output with another weight, by the kind of layer."""
         raise NotImplementedError
 
 
@@ -201,9 +202,7 @@ class DeepShapeEmbedding(DeepShapeLayer):
     """Around `nn.Embedding` and `RF8Embedding`."""
 
     def _with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        rows = functional.embedding(x, weight, self.get_base_layer().padding_idx)
-        scale = self._get_embed_scale()
-        return rows if scale is None else rows * scale
+        return self._look_up(x, weight)
 
 
 class DeepShapeModel(MatrixTuner):

@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
+from torch.nn import functional
 
 from ...nn import RF8Embedding, RF8Linear
 from ...nn.linear import is_conv1d
@@ -121,6 +122,12 @@ class MatrixLayer(nn.Module, BaseTunerLayer):
                 "dequantize it first."
             )
         return weight
+
+    def _look_up(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """The rows of a matrix for tokens, with the scale that some models' embeddings have."""
+        rows = functional.embedding(x, matrix, self.get_base_layer().padding_idx)
+        scale = self._get_embed_scale()
+        return rows if scale is None else rows * scale
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own casts to the dtype of the base layer, which would round what was saved

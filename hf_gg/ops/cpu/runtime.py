@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 
 import torch
 
 from ...formats import ResidualFloat, WeightFormat
-from ...native import try_load
+from ...native import Lazy
 from .build import load
 
 
@@ -18,31 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")  # each includes those before it
 
-_lock = threading.Lock()
-
-
-def available() -> bool:
-    """Whether the kernels can run here. The first call may compile them: some seconds, once per machine."""
-    return _loaded()[0] is not None
-
-
-def why_not() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    return _loaded()[1]
+_LAZY = Lazy(load, "the CPU kernels are")
+available, why_not, library = _LAZY.available, _LAZY.why_not, _LAZY.get
 
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that the processor and the compiler have, the best one last."""
     return ISAS[: library().hf_gg_rf8_isa() + 1]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels; `RuntimeError` if there are none."""
-    loaded, reason = _loaded()
-    if loaded is None:
-        raise RuntimeError(f"the CPU kernels are not available: {reason}.")
-    return loaded
 
 
 @functools.cache
@@ -80,13 +61,3 @@ def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]
 def with_rows(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix, copied unless the elements of a row are neighbours in memory."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    with _lock:  # one thread compiles
-        return _load()
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    return try_load(load)
