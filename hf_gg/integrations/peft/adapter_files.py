@@ -28,7 +28,8 @@ def encoded(
         payload = encode_levels(rounded, step, coding, name)
         return payload if payload.numel() < rounded.numel() * rounded.element_size() else rounded
 
-    chosen = [name for name in tensors if name in set(names)]
+    wanted = set(names)
+    chosen = [name for name in tensors if name in wanted]
     with ThreadPoolExecutor(4) as pool:
         return {**tensors, **dict(zip(chosen, pool.map(code, chosen)))}
 
