@@ -24,6 +24,7 @@ from ..inspection import Row, classify, describe, summarize
 from ..inspection.describe import NoFit
 from ..integrations.reading import Problem, TensorSource, open_checkpoint
 from .report import Report, document, table
+from .report.numbers import printable
 
 
 _NO_MATRIX = "no matrix (--all fits it)"
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table.render(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for problem in report.problems:
-        print(f"hf-gg inspect: error: {problem.message}", file=sys.stderr)
+        print(f"hf-gg inspect: error: {printable(problem.message)}", file=sys.stderr)
     return 1 if report.problems else 0
 
 

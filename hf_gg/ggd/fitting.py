@@ -50,7 +50,7 @@ def fit(
     check_tensor(x, "x")
     rows, shape = as_rows(x.detach(), dim)
     names = ["x"] if dim is None else [f"x{list(_index(i, shape))}" for i in range(len(rows))]
-    pivot = choose_pivot(rows, snap=dim is None) if loc is None else torch.full((len(rows),), float(loc)).double()
+    pivot = choose_pivot(rows, snap=dim is None) if loc is None else torch.full((len(rows),), loc, dtype=torch.float64)
     return _finish([rows], scan(rows, pivot), names, shape, method, loc, errors)
 
 
@@ -91,7 +91,7 @@ def fit_many(
             x = torch.empty(0)
         names.append(name)
         rows.append(as_rows(x.detach(), None)[0])
-        pivots.append(choose_pivot(rows[-1], snap=True) if loc is None else torch.tensor([float(loc)]).double())
+        pivots.append(choose_pivot(rows[-1], snap=True) if loc is None else torch.tensor([loc], dtype=torch.float64))
     if not names:
         raise ValueError("tensors is empty: give at least one tensor to fit.")
     return _finish(rows, scan_many(rows, torch.cat(pivots)), names, (len(names),), method, loc, errors, problems)

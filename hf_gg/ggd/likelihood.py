@@ -133,10 +133,13 @@ def _fit_long(sources: Sequence[_Row | _Stream], n: torch.Tensor, loc: float | N
             source = sources[int(left[row])]
             state.put(*cusp_location(source, state.profile(row), source.sample(_MEDIAN_SAMPLE)), row)
         result[:, left] = state.stack()
-        going = ~(state.settled(_CLOSE, 3e-7) & ((state.nu >= CUSPED) | ~state.free | state.clamped))
+        going = ~(state.settled(_CLOSE, 3e-7) & ((state.nu >= CUSPED) | ~state.free))
         if not bool(going.any()):
-            break
+            return result
         left, state = left[going], state.take(going)
+    for column in left.tolist():
+        source = sources[column]
+        result[:, column] = _ascend(source, n[column], result[:, column], source.sample(_MEDIAN_SAMPLE), loc)
     return result
 
 
@@ -189,7 +192,35 @@ def _solve_block(
             break
         for i in cusped:
             state.put(*cusp_location(_Row(w[i]), state.profile(i), w[i], whole=True), i)
-    return state.stack()
+    result = state.stack()
+    if locate:
+        lost = ~state.settled(tolerance, 1e-3 * tolerance) | state.to_locate()
+        for i in lost.nonzero().flatten().tolist():
+            result[:, i] = _ascend(_Row(w[i]), state.n[i], result[:, i], w[i], loc, whole=True)
+    return result
+
+
+def _ascend(
+    source: _Row | _Stream, n: torch.Tensor, start: torch.Tensor, sample: torch.Tensor, loc: float | None, whole=False
+) -> torch.Tensor:
+    """ν, α, μ and whether ν is clamped, by turns: the best location for a shape, then the best shape there.
+
+    The likelihood never falls. Steps in both at once are quicker, but may go in a circle where values are tied.
+    """
+    nu, alpha, mu = (start[i : i + 1].clone() for i in range(3))
+    state = State(n[None], nu, alpha, mu, torch.tensor([False]))
+    for _ in range(_MAX_LOCATIONS):
+        before = float(state.nu), float(state.mu)
+        if loc is None:
+            state.mu[0] = cusp_location(source, state.profile(0), sample, whole)[0]
+        for _ in range(_MAX_STEPS):
+            state.round()
+            state.step(*_read_all([source], state))
+            if bool(state.settled(_CONVERGED, 1.0)):
+                break
+        if loc is not None or (float(state.mu) == before[1] and abs(float(state.nu) - before[0]) < 1e-6 * before[0]):
+            break
+    return state.stack()[:, 0]
 
 
 def _power_sums(w: torch.Tensor, nu: torch.Tensor, alpha: torch.Tensor, mu: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -105,12 +105,9 @@ def _nearest(source: Callable[[], Iterator[torch.Tensor]], values: np.ndarray | 
     """The value of the data that μ is but for rounding, which for small shapes costs likelihood."""
     if values is not None:
         return float(values[np.abs(values - mu).argmin()])
-    x = getattr(source, "x", None)
-    if x is not None and x.dtype != torch.float64:
-        return float(torch.tensor(mu, dtype=torch.float64).to(x.dtype))
     found = mu, math.inf
     for block in source():
-        distances = (block.double() - mu).abs()
+        distances = (block.double() - mu).abs_()
         i = int(distances.argmin())
         if float(distances[i]) < found[1]:
             found = float(block[i]), float(distances[i])
@@ -127,7 +124,8 @@ def _coarse(values: np.ndarray, nu: float) -> int:
     places = np.linspace(0, len(few) - 1, 65).astype(int)[1:-1]
     distances = np.abs(few - few[places, None])
     cost = np.exp(nu * np.log(np.maximum(distances, 1e-300))).sum(1)
-    best = places[int(cost.argmin())] / (len(few) - 1)
+    ties = places[cost <= cost.min() * (1 + 1e-9)]  # the middle of a value that many have, not its first place
+    best = ties[len(ties) // 2] / (len(few) - 1)
     return m // 2 if abs(best - 0.5) < 4 * 0.5 / len(few) ** 0.5 else int(best * (m - 1))
 
 

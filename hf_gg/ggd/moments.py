@@ -133,7 +133,13 @@ class Moments:
 
     @property
     def var(self) -> float:
-        """Variance about the mean, divided by the count; NaN if there is no value."""
+        """Variance about the mean, divided by the count; NaN if there is no value.
+
+        Raises:
+            ValueError: values whose powers float64 does not hold.
+        """
+        if self.count and (reason := range_reason(self.min, self.max)):
+            raise ValueError(f"the moments cannot be told: {reason}")
         sums = self._all()
         return max(float(sums.second / sums.n - (sums.first / sums.n).square()), 0.0) if self.count else math.nan
 

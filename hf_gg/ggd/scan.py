@@ -87,13 +87,15 @@ def as_rows(x: torch.Tensor, dim: int | tuple[int, ...] | None) -> tuple[torch.T
     With `dim` None the order of the values is the memory's, so that a transposed tensor needs no copy.
 
     Raises:
-        IndexError: no such dimension. ValueError: a dimension named twice.
+        TypeError: `dim` is no number. IndexError: no such dimension. ValueError: a dimension named twice.
     """
     if dim is None:
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
         return x.permute(order).reshape(1, -1), ()
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
     for d in dims:
+        if not isinstance(d, int) or isinstance(d, bool):
+            raise TypeError(f"dim must be a dimension's number, several in a tuple, or None, got {dim!r}.")
         if not -x.ndim <= d < x.ndim:
             raise IndexError(f"dim {d} is out of range for a tensor of {x.ndim} dimensions.")
     dims = tuple(d % x.ndim for d in dims)
@@ -149,7 +151,7 @@ def choose_pivot(x: torch.Tensor, snap: bool = False) -> torch.Tensor:
             weights; sums of several tensors then share their pivot.
     """
     rows, count = x.shape
-    if count == 0:
+    if count == 0 or rows == 0:
         return torch.zeros(rows, dtype=torch.float64)
     step = odd_step(count, SAMPLE) if count > SAMPLE else 1
     pivots = []

@@ -26,6 +26,7 @@ class State:
     ) -> None:
         self.n, self.nu, self.alpha, self.mu, self.free = n, nu, alpha, mu.clone(), free.clone()
         self.clamped = torch.zeros_like(free)
+        self.given = ~free
         # the shape for which a location with cusps was found; NaN before, infinite where the location is given
         self.nu_located = torch.where(free, torch.nan, torch.inf).double()
         self.shape_step = torch.full_like(nu, torch.inf)
@@ -53,7 +54,7 @@ class State:
     def to_locate(self) -> torch.Tensor:
         """The rows whose location has cusps and is not yet the best one for about this shape."""
         near = (self.nu - self.nu_located).abs() < 0.05 * self.shape_error()
-        return (self.nu < CUSPED) & ~near & ~self.nu_located.isinf() & ~self.clamped
+        return (self.nu < CUSPED) & ~near & ~self.nu_located.isinf()
 
     def profile(self, row: int) -> Profile:
         """What `cusp_location` wants to know of a row."""
@@ -68,6 +69,7 @@ class State:
     def take(self, rows: torch.Tensor) -> State:
         """Some of the rows."""
         new = State(self.n[rows], self.nu[rows], self.alpha[rows], self.mu[rows], self.free[rows])
+        new.given = self.given[rows]
         new.clamped, new.shape_step, new.loc_left = self.clamped[rows], self.shape_step[rows], self.loc_left[rows]
         new.nu_located, new.curvature = self.nu_located[rows], self.curvature[rows]
         new.low, new.high, new.steps = self.low[rows], self.high[rows], self.steps
@@ -111,6 +113,11 @@ class State:
         self.nu, ratio, self.clamped, self.curvature = _solve_profile(self.n, old, torch.cat([moved, table[2:]]))
         self.alpha = self.alpha * ratio
         self.shape_step = (self.nu - old).abs() / old
+        # a location that was searched among cusps, and the shape has left them
+        released = ~self.given & ~self.free & (self.nu >= CUSPED)
+        self.free = self.free | released
+        self.nu_located = torch.where(released, torch.nan, self.nu_located)
+        self.loc_left = torch.where(released, torch.inf, self.loc_left)
 
     def _within(self, move: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The step, or half of the bracket's width: secants end slowly where few values make steps of the score."""

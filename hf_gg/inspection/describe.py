@@ -218,7 +218,7 @@ def _notes(ordered: np.ndarray, mle: GGDFit, by_moments: GGDFit) -> tuple[str, .
     if bool(mle.clamped):
         value, share = _most_frequent(ordered)
         why = "the law fits badly"
-        if share > 0.01:
+        if share > 0.01 and float(mle.shape) < 1:
             why = f"{share:.1%} of the weights are {value:g}, where the likelihood grows without bound; see ν mom"
         notes.append(f"ν is clamped to {float(mle.shape):g}: {why}")
     if bool(by_moments.clamped):

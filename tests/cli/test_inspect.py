@@ -277,6 +277,34 @@ def test_a_clamped_shape_is_said_in_its_row(tmp_path, capsys):
     assert '<div class="note">ν is clamped to 0.1' in (tmp_path / "o.html").read_text()
 
 
+def test_ternary_weights_end_at_the_other_clamp(tmp_path, capsys):
+    save_file({"a.weight": torch.randint(-1, 2, (64, 64)).float()}, tmp_path / "model.safetensors")
+    notes = as_json(capsys, tmp_path)["tensors"][0]["fit"]["notes"]
+    assert notes[0] == "ν is clamped to 8: the law fits badly"
+
+
+@pytest.mark.parametrize("coder", ["none", "rans", "eg0"])
+def test_codes_without_their_scale(tmp_path, capsys, coder):
+    codes = torch.randint(1, 60, (64, 64), dtype=torch.uint8)
+    stored = codes[..., None].clone() if coder == "none" else hf_gg.coding.encode(codes, coder)
+    save_file({"a.weight": stored, "b.ids": codes}, tmp_path / "model.safetensors", {"weight_format": "rf8"})
+    found = as_json(capsys, tmp_path, code=1)
+    assert "a.weight_scale is missing" in found["problems"][0]["message"] and len(found["problems"]) == 1
+
+
+def test_names_that_would_steer_the_terminal(tmp_path, capsys):
+    save_file({"a\n\x1b[31mred.weight": torch.randn(64, 64)}, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"a\n\x1b[31mred.weight" in out
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name(name, capsys):
+    assert main(["inspect", name]) == 1
+    assert "name of the model is empty" in capsys.readouterr().err
+
+
 def test_a_truncated_file_shows_what_it_still_holds(tmp_path, capsys):
     content = {f"layers.{i}.fc.weight": torch.randn(64, 64) for i in range(4)}
     content["layers.0.ids"] = torch.arange(9)

@@ -491,3 +491,58 @@ def test_a_location_that_stays_is_searched_once_more_at_most(monkeypatch):
         calls.clear()
         fit(x, method="mle")
         assert 1 <= len(calls) <= 3
+
+
+@pytest.mark.parametrize("count", [8_000, 40_000, 200_000])
+@pytest.mark.parametrize("share", [0.1, 0.27, 0.3, 0.35])
+def test_weights_that_were_pruned_by_magnitude(count, share):
+    """A heap of zeros, a gap, and the rest: the location is in the middle, never at the edge of the gap."""
+    for seed in range(3):
+        x = torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02
+        x[x.abs() <= x.abs().kthvalue(int(share * count)).values] = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            free, given = fit(x, method="mle"), fit(x, method="mle", loc=0.0)
+        likelihood = [float(f.distribution().log_prob(x.double()).mean()) for f in (free, given)]
+        assert abs(float(free.loc)) < 5e-4
+        assert likelihood[0] >= likelihood[1] - 1e-6
+        if bool(free.clamped):
+            assert float(free.loc) == 0
+
+
+def test_steps_that_go_in_a_circle_are_followed_by_ones_that_do_not():
+    x = stats.gennorm.rvs(1.5, size=8000, random_state=0)
+    x[np.abs(x) < np.quantile(np.abs(x), 0.2)] = 0
+    found = fit(torch.from_numpy(x), method="mle")
+    best = stats.gennorm.logpdf(x, *stats.gennorm.fit(x)).mean()
+    assert float(found.distribution().log_prob(torch.from_numpy(x)).mean()) >= best - 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("shape", "dim"), [((0, 4), 1), ((3, 0, 4), 2), ((0, 0), 1)])
+def test_no_items(method, shape, dim):
+    kept = tuple(size for d, size in enumerate(shape) if d != dim)
+    for errors in ("raise", "nan"):
+        assert fit(torch.randn(shape), method, dim, errors=errors).shape.shape == kept
+
+
+def test_arguments_of_odd_types():
+    x = torch.randn(8, 3)
+    for dim in (1.0, "0", True, (0, 1.0)):
+        with pytest.raises(TypeError, match="dim must be a dimension's number"):
+            fit(x, dim=dim)
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        fit(torch.nested.nested_tensor([x, x[:2]]))
+    with pytest.warns(UserWarning, match="clamped to 8"):
+        far = fit(x, loc=1e39)
+    assert far.loc == 1e39 and bool(far.clamped) and far.shape == 8
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e200])
+def test_moments_of_numbers_whose_powers_float64_lacks(factor):
+    moments = Moments()
+    moments.update(torch.randn(1000).double() * factor)
+    assert math.isfinite(moments.mean) and moments.absmax > 0
+    for name in ("var", "std", "skewness", "kurtosis"):
+        with pytest.raises(ValueError, match="multiply them by a number"):
+            getattr(moments, name)

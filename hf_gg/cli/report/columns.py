@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...inspection import KindSummary, Row, Statistics
 from . import Report
-from .numbers import dims, per_million, significant, size
+from .numbers import dims, per_million, printable, significant, size
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _fixed(digits: int) -> Callable[[float], str]:
 def label_columns() -> list[Column]:
     """What a tensor is."""
     return [
-        Column("tensor", "Its name in the checkpoint.", lambda row: row.name),
+        Column("tensor", "Its name in the checkpoint.", lambda row: printable(row.name)),
         Column("kind", "Kind of layer, by name and shape.", lambda row: row.where.kind),
         Column("dims", "Dimensions of the weights.", lambda row: "?" if row.stored == "?" else dims(row.shape)),
         Column("stored", "Type in the file, or the codes that were decoded.", lambda row: row.stored),

@@ -1,6 +1,11 @@
-"""Numbers as a reader wants them."""
+"""Numbers and names as a reader wants them."""
 
 from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """A text of a file without what would steer a terminal or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from . import Report
 from .columns import Column, kind_columns, label_columns, tensor_columns
-from .numbers import size
+from .numbers import printable, size
 
 
 _SHORTEST_NAME = 24
@@ -49,7 +49,7 @@ def summary(report: Report) -> str:
             f"At {report.snr:g} dB on a uniform grid: {everything.bits:.3f} bits a weight predicted, "
             f"{everything.bits_measured:.3f} counted.",
         ]
-    notes = [f"{row.name}: {note}" for row in fitted if row.statistics for note in row.statistics.notes]
+    notes = [f"{printable(row.name)}: {note}" for row in fitted if row.statistics for note in row.statistics.notes]
     lines += [f"Note: {note}" for note in notes[:5]]
     if len(notes) > 5:
         lines.append(f"Note: and {len(notes) - 5} more such notes (see --json).")
@@ -64,7 +64,7 @@ def _tensors(report: Report, width: int | None) -> str:
     for number, row in enumerate(report.rows):
         left = [column.text(row) for column in labels]
         if row.statistics is None:
-            reasons[number] = f"no fit: {row.reason or ''}"
+            reasons[number] = f"no fit: {printable(row.reason or '')}"
         elif row.statistics.notes:
             reasons[number] = f"! {'; '.join(row.statistics.notes)}"
         cells.append(left + ([column.text(row) for column in figures] if row.statistics is not None else []))

@@ -46,6 +46,8 @@ def row_codes(entry: Entry, entries: Mapping[str, Entry], weight_format: str | N
         if codes is not None and codes.stored == "uint8" and f"{codes.name}_scale" in entries:
             return dataclasses.replace(entry, reason=f"the {what} of the codes {codes.name}")
     scale = entries.get(f"{entry.name}_scale")
+    if scale is None and entry.stored == "uint8" and weight_format in FORMATS and _are_codes(entry):
+        raise ValueError(f"{entry.name}_scale is missing, and {_where(entry)} holds codes: download or save it again.")
     if entry.stored != "uint8" or scale is None or scale.stored != "float32":
         return None
     if weight_format not in FORMATS:
@@ -67,6 +69,13 @@ def row_codes(entry: Entry, entries: Mapping[str, Entry], weight_format: str | N
         nbytes=entry.nbytes + scale.nbytes,
         read=functools.partial(_decode_rows, entry, scale, outliers, shape, coded, weight_format),
     )
+
+
+def _are_codes(entry: Entry) -> bool:
+    """Whether uint8 numbers have one of the two forms in which codes are saved."""
+    if len(entry.shape) == 1:
+        return coding.is_coded(_read(entry))
+    return len(entry.shape) > 2 and entry.shape[-1] == 1
 
 
 def coded_floats(entry: Entry, entries: Mapping[str, Entry], weight_format: str | None) -> Entry | None:

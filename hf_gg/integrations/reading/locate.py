@@ -31,6 +31,8 @@ def locate(model: str, revision: str | None = None, file: str | None = None) -> 
         ValueError: nothing there, nothing that holds weights, or several checkpoints and no `file`.
         OSError: the hub does not answer and the cache does not have it.
     """
+    if not model.strip():
+        raise ValueError("The name of the model is empty: give a folder, a file, or a name on the hub.")
     path = Path(model).expanduser()
     if path.is_file():
         return path.parent, [path.name]
