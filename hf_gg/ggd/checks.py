@@ -29,6 +29,8 @@ def check_tensor(x: torch.Tensor, name: str) -> None:
         if x.dtype in (torch.uint8, torch.int8):
             remedy = "decode quantized codes, or convert them with .float()"
         raise TypeError(f"{name} must be floating point, got {x.dtype}: {remedy}.")
+    if hasattr(x, "placements"):
+        raise TypeError(f"{name} is split over processes: fit its .to_local() or .full_tensor().")
     if x.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got a nested one: give its .unbind() to fit_many.")
     if x.layout != torch.strided:

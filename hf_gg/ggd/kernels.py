@@ -42,7 +42,8 @@ available, why_not = _LAZY.available, _LAZY.why_not
 
 def reads(x: torch.Tensor) -> bool:
     """Whether the kernels read this tensor once its last dimension is dense: on the CPU, of a dtype that they know."""
-    return x.device.type == "cpu" and x.layout == torch.strided and x.dtype in _DTYPES and available()
+    plain = type(x) is torch.Tensor  # others, such as DTensor, may have no memory of their own
+    return plain and x.device.type == "cpu" and x.layout == torch.strided and x.dtype in _DTYPES and available()
 
 
 def suits(x: torch.Tensor) -> bool:

@@ -241,7 +241,9 @@ def take_errors(model: nn.Module) -> list[str]:
 
 
 def _device(device: torch.device | str | int) -> torch.device:
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if isinstance(device, int):  # of whatever accelerator there is; payloads are decoded on CUDA devices alone
+        return torch.device("cuda", device) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
 
 
 def _dtype(value) -> str:

@@ -44,11 +44,10 @@ class _FloatProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        first = args[0]
-        if func.overloadpacket not in self._PRODUCTS or not _is_half_on_cpu(first) or "out" in kwargs:
+        if func.overloadpacket not in self._PRODUCTS or not _is_half_on_cpu(args[0]) or "out" in kwargs:
             return func(*args, **kwargs)
         wide = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return func(*wide, **kwargs).to(first.dtype)
+        return func(*wide, **kwargs).to(args[0].dtype)
 
 
 def row_sensitivity(

@@ -180,9 +180,9 @@ def _log_with_metrics() -> None:
     @functools.wraps(log)
     def log_with_metrics(self, logs, *args, **kwargs):
         if "loss" in logs:
-            found = [c for c in self.callback_handler.callbacks if isinstance(c, BackSlashCallback)]
-            for place, callback in enumerate(found, 1):
-                own = callback.metrics()
+            callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, BackSlashCallback)]
+            found = [own for own in (callback.metrics() for callback in callbacks) if own]
+            for place, own in enumerate(found, 1):
                 # a second one, on other modules, has names of its own
                 logs.update(own if place == 1 else {k.replace("/", f"_{place}/", 1): v for k, v in own.items()})
         return log(self, logs, *args, **kwargs)

@@ -313,7 +313,8 @@ class BackSlash:
                 # the same on every process, another for each tensor and step
                 generator.manual_seed(hash((self.seed, self.steps, self._places[part.name])) & (2**63 - 1))
             # the kernel has threads of its own, and needs no temporaries
-            size = BLOCK_DEVICE if generator is None and held is None and kernels.available() else None
+            in_c = self.active and local is not None and self._in_c(local, self.fits[part.name], lr)
+            size = BLOCK_DEVICE if generator is None and held is None and in_c else None
             for index, block in enumerate(blocks(local, size) if local is not None else ()):
                 finite = None
                 if self.active:
@@ -333,16 +334,21 @@ class BackSlash:
 
     def _shrink(self, w: torch.Tensor, fit: Fit, lr: float) -> bool | None:
         """The step on one block; whether all weights are finite afterwards, None if that was not looked at."""
-        reference = self.form == "reference"
-        step = self.lambda_ * self.strength * (1 / self.count if reference else lr)
+        reference, step = self.form == "reference", self._step(lr)
         scale = 1.0 if reference else fit.scale
-        if fit.shape != 1 and kernels.applies(w, step * fit.shape):
+        if w.is_contiguous() and self._in_c(w, fit, lr):
             return kernels.shrink_(w, step, fit.shape, scale, self.eps, stop=not reference)
         if reference:
             plain_(w, step, fit.shape, self.eps)
         else:
             shrink_(w, step, fit.shape, scale, self.eps)
         return None
+
+    def _step(self, lr: float) -> float:
+        return self.lambda_ * self.strength * (1 / self.count if self.form == "reference" else lr)
+
+    def _in_c(self, w: torch.Tensor, fit: Fit, lr: float) -> bool:
+        return fit.shape != 1 and kernels.applies(w, self._step(lr) * fit.shape)
 
     def _check_finite(self, parts: Sequence[Part], totals: torch.Tensor) -> None:
         bad = (~totals.isfinite()).nonzero()

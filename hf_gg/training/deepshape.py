@@ -222,7 +222,7 @@ def _empirical(group: Mapping[str, torch.Tensor], target: Shape) -> Callable:
     def build() -> Callable[[torch.Tensor], torch.Tensor]:
         ranks = Ranks()
         for tensor in group.values():
-            for piece in pieces(tensor):
+            for piece in blocks(tensor.detach(), PIECE):
                 ranks.update(piece)
         return ranks.to(target.scale, target.shape)
 
@@ -241,10 +241,12 @@ def _parametric(group: Mapping[str, torch.Tensor], before: Shape, target: Shape)
     return lambda: shape_map.table(low, high)
 
 
-def pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """A tensor in flat pieces that are worth counting at once."""
-    flat = tensor.detach().reshape(-1)
-    return flat.split(PIECE)
+def _place(tensor: object) -> tuple | None:
+    """What tensors that share their memory have in common; None of what is no plain tensor."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:  # type: ignore[attr-defined]
+        return None
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _selected(
@@ -256,7 +258,9 @@ def _selected(
     elif isinstance(model, Mapping):
         if modules is not None:
             raise ValueError("modules is for models: give only the tensors that are to be mapped.")
-        tensors = dict(model)
+        places = {name: _place(tensor) or name for name, tensor in model.items()}
+        first = {place: name for name, place in reversed(places.items())}  # tied ones are mapped once
+        tensors = {name: t for name, t in model.items() if first[places[name]] == name}
         if not tensors:
             raise ValueError("model holds no tensor: there is nothing to map.")
     else:

@@ -26,8 +26,9 @@ available, why_not = _LAZY.available, _LAZY.why_not
 
 
 def applies(w: torch.Tensor, factor: float) -> bool:
-    """Whether the kernel can make a step on a flat block: float32 on a CPU, `factor` large enough for a logarithm."""
-    return w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous() and factor > 1e-30 and available()
+    """Whether the kernel can make a step on dense blocks of a tensor: float32 on a CPU, `factor` large enough for a
+    logarithm."""
+    return w.dtype == torch.float32 and w.device.type == "cpu" and factor > 1e-30 and available()
 
 
 def shrink_(w: torch.Tensor, step: float, shape: float, scale: float, eps: float, stop: bool = True) -> bool:

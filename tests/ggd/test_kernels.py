@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+import hf_gg
 from hf_gg.ggd import fit, fit_many, kernels, location
 from hf_gg.ggd.scan import Sums, _scan_careful, choose_pivot, scan
 
@@ -165,3 +166,24 @@ def test_other_dtypes_go_through_torch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert float(fit(x).shape) == pytest.approx(float(fit(x.float()).shape), rel=1e-5)
+
+
+def test_only_plain_tensors_are_read_where_they_lie():
+    """Others, such as DTensor, say CPU and float32 and may have no memory of their own."""
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.randn(50)
+    other = torch.Tensor._make_wrapper_subclass(Wrapper, x.shape, dtype=x.dtype)
+    assert other.device.type == "cpu" and kernels.reads(x) and not kernels.reads(other)
+    assert kernels.reads(torch.nn.Parameter(x).detach())
+    split = x.as_subclass(Other)
+    split.placements = ()
+    with pytest.raises(TypeError, match=r"x is split over processes: fit its \.to_local\(\)"):
+        hf_gg.ggd.fit(split, loc=0.0)

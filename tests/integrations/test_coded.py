@@ -89,7 +89,9 @@ def test_on_a_cuda_device_the_payload_is_what_moves(checkpoint, monkeypatch):
     monkeypatch.setattr(coded, "decode_symbols", decode_symbols)
     model = AutoModel.from_pretrained(checkpoint)
     config = SimpleNamespace(
-        weight_mapping=None, ignore_mismatched_sizes=False, device_map={"layers.0": 1, "layers.1": "cpu", "": "cuda:0"}
+        weight_mapping=None,
+        ignore_mismatched_sizes=False,
+        device_map={"layers.0": "cuda:1", "layers.1": "cpu", "": "cuda:0"},
     )
     state = {
         f"model.{n}.weight": stored(checkpoint)[f"model.{n}.weight"]

@@ -635,3 +635,36 @@ def test_push_and_load_by_name(tmp_path):
     files = hub.files["user/tiny-backslash"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["peft_type"] == "BACKSLASH"
+
+
+def test_adapter_names_by_position_and_a_larger_vocabulary():
+    lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    assert peft.get_peft_model_state_dict(lora, None, "mine")
+    base = tiny_llama()
+    base.resize_token_embeddings(base.config.vocab_size + 3)
+    model = peft.get_peft_model(base, BackSlashConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with_lora = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"]))
+    wanted = {k for k in peft.get_peft_model_state_dict(with_lora, save_embedding_layers=True) if "embed" in k}
+    assert wanted <= set(peft.get_peft_model_state_dict(model, save_embedding_layers=True))
+
+
+def test_two_models_in_one_optimizer_and_parameters_that_come_later():
+    models = [wrapped(lambda_=0.6, grid=None) for _ in range(2)]
+    deltas = [[p for n, p in model.named_parameters() if "backslash_delta" in n] for model in models]
+    for p in (p for some in deltas for p in some):
+        p.grad = torch.zeros_like(p)
+        p.data.fill_(0.5)
+    optimizer = torch.optim.SGD(deltas[0], lr=0.1)
+    optimizer.step()
+    optimizer.add_param_group({"params": deltas[1]})
+    for p in deltas[1]:
+        assert bool((p == 0.5).all())
+    optimizer.step()
+    for p in (p for some in deltas for p in some):
+        assert bool((p < 0.5).all())
+
+
+def test_a_callback_of_the_users_keeps_its_names(tmp_path):
+    trainer = trained(tmp_path, [BackSlashCallback(0.3, modules="backslash_delta")], model=wrapped(), logging_steps=2)
+    names = {name.split("/")[0] for entry in trainer.state.log_history for name in entry if "/" in name}
+    assert "backslash" in names and "backslash_2" not in names

@@ -25,6 +25,7 @@ import hf_gg
 from hf_gg import DeepShapeConfig
 from hf_gg.data import mgm_gpt2, minilm
 from hf_gg.integrations.peft import MergeWarning
+from hf_gg.integrations.peft.deepshape import DeepShapeLinear
 
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
@@ -407,3 +408,9 @@ def test_push_and_load_by_name(tmp_path):
         )
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(hub.files["user/tiny-deepshape"]["adapter_config.json"])["peft_type"] == "DEEPSHAPE"
+
+
+def test_a_layer_that_has_another_adapter():
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj has a Linear already.*merge it first"):
+        DeepShapeLinear(model.base_model.model.model.layers[0].self_attn.q_proj, "a", DeepShapeConfig(), "q_proj")

@@ -515,3 +515,16 @@ def test_state_of_another_model():
     state.estimate()
     with pytest.raises(ValueError, match="of other parameters: 'v'"):
         BackSlash({"w": torch.ones(2, 2)}).load_state_dict(state.state_dict())
+
+
+def test_a_step_of_zero_keeps_no_large_temporaries():
+    """As the first of a linear warm-up is: the kernel does not take it, and the blocks are small."""
+    from hf_gg.training import penalty
+
+    p = torch.nn.Parameter(torch.randn(2**22))
+    backslash = BackSlash([("w", p)], lambda_=1.0)
+    penalty._thread.__dict__.clear()
+    before = p.detach().clone()
+    backslash.step(0.0)
+    assert torch.equal(p, before)
+    assert sum(part.numel() for kept in vars(penalty._thread).values() for part in kept) <= 4 * 2**16

@@ -330,3 +330,11 @@ def test_a_fit_at_the_end_of_the_range_is_told():
         report = hf_gg.deepshape_({"w": w}, 0.25, map="empirical")["w"]
     assert report.before.clamped and report.target.shape == 2.0
     assert report.after.shape == pytest.approx(2.0, rel=0.01)
+
+
+def test_tied_tensors_are_mapped_once():
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    alone = x.clone()
+    hf_gg.deepshape_({"a": alone}, 0.8)
+    report = hf_gg.deepshape_({"a": x, "b": x}, 0.8)
+    assert list(report) == ["a"] and torch.equal(x, alone)

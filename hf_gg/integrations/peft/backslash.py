@@ -13,12 +13,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional
 
+from ..coded import check_coding
 from .adapter_files import decoded, encoded
 from .methods import MatrixConfig, MatrixLayer, MatrixTuner, add_type, bare, layers_of, other_model
 from .penalty_hook import follow
-
-
-CODINGS = ("none", "rans", "eg0")
 
 
 @dataclass
@@ -65,8 +63,7 @@ class BackSlashConfig(MatrixConfig):
         check_number("cooldown", self.cooldown)
         if self.grid is not None and not check_number("grid", self.grid) > 0:
             raise ValueError(f"grid must be positive, or None to save ΔW as it is, got {self.grid}.")
-        if self.coding not in CODINGS:
-            raise ValueError(f"coding must be one of {', '.join(map(repr, CODINGS))}, got {self.coding!r}.")
+        check_coding(self.coding)
 
     def penalty(self) -> dict[str, Any]:
         """The arguments of `BackSlash`."""

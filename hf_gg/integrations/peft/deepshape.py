@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional
 
@@ -77,6 +77,11 @@ class DeepShapeLayer(MatrixLayer):
     other_param_names = ("deepshape_fits",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeepShapeConfig, name: str) -> None:
+        if isinstance(base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"{name} has a {type(base_layer).__name__} already, which a map of the weight would leave out: merge "
+                "it first, or put DeepShape there before it."
+            )
         super().__init__(base_layer, name, "DeepShape")
         self._float_weight("DeepShape cannot map")
         self.deepshape_factors = nn.ParameterDict()
@@ -162,7 +167,7 @@ class DeepShapeLayer(MatrixLayer):
                 f"{new.dtype} cannot hold its largest weights."
             )
         # of the cache
-        self.get_base_layer().weight.data = new.clone() if safe_merge else new
+        self.get_base_layer().weight.data = new
         self._merged_map, self._cache = self.map_of(names[0]), None
         self.merged_adapters.append(names[0])
 
@@ -220,7 +225,7 @@ class DeepShapeModel(MatrixTuner):
     @torch.no_grad()
     def _fit(self, adapter_name: str) -> None:
         """Fit the base weights."""
-        from ...training.deepshape import fitted, target_of, warn_clamped
+        from ...training.deepshape import check_weights, fitted, target_of, warn_clamped
 
         config: Any = self.peft_config[adapter_name]
         layers = list(layers_of(self.model, DeepShapeLayer, adapter_name).values())
@@ -231,6 +236,8 @@ class DeepShapeModel(MatrixTuner):
             what = group[0].name if len(group) == 1 else "the model"
             if any(weight.is_meta for weight in weights.values()):
                 continue
+            for name, weight in weights.items():
+                check_weights(name, weight)
             fit = fitted(weights, config.method, what)
             target_of(fit, config.shape_scale, config.std_scale, what)
             for layer in group:

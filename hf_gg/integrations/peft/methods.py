@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
@@ -78,6 +78,12 @@ class MatrixConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names.")
+
+
+def is_ours(peft_type: Any) -> bool:
+    """Whether a PEFT method is one of this package."""
+    kind = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    return isinstance(kind, type) and issubclass(kind, MatrixTuner)
 
 
 class MatrixLayer(nn.Module, BaseTunerLayer):

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from .methods import MatrixLayer
+from .methods import is_ours
 
 
 def install() -> None:
@@ -47,7 +47,6 @@ def translated(model: Any, adapter_name: str, state_dict: Any, files: Any, load_
 
 def _newest(model: Any) -> str | None:
     """The adapter that was added last, which is the one to load; None where there is none of ours."""
-    for module in model.modules():
-        if isinstance(module, MatrixLayer):
-            return next(reversed(model.peft_config))
-    return None
+    config = getattr(model, "peft_config", None) or {}
+    newest = next(reversed(config), None)
+    return newest if newest is not None and is_ours(config[newest].peft_type) else None

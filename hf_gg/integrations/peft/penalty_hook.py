@@ -15,6 +15,8 @@ from ..autoload import when_imported
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 # optimizers that were looked at, with their number of parameters then
 _known: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+# those that were attached here
+_own: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
 _handle: Any = None
 
 
@@ -33,7 +35,8 @@ def trained(layers: Any) -> tuple[Any, dict[str, nn.Parameter]]:
     Raises:
         ValueError: several adapters are trained at once under different penalties.
     """
-    config, owner, found = None, "", {}
+    found: dict[str, nn.Parameter] = {}
+    config, owner = None, ""
     for layer in layers:
         for adapter, delta in layer.backslash_delta.items():
             if not delta.requires_grad:
@@ -45,7 +48,9 @@ def trained(layers: Any) -> tuple[Any, dict[str, nn.Parameter]]:
                     "their BackSlashConfig the same settings, or train one after the other."
                 )
             config, owner = own, adapter
-            found[f"{layer.name}.backslash_delta.{adapter}"] = delta
+            name = f"{layer.name}.backslash_delta.{adapter}"
+            # another model's layer may have the same name
+            found[name if name not in found else f"{name}.{len(found)}"] = delta
     return config, found
 
 
@@ -56,6 +61,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     _known[optimizer] = count
     from ...training.backslash import BackSlash
 
+    before = _own.pop(optimizer, None)
+    if before is not None:
+        before.detach()  # parameters were added
     if any(isinstance(getattr(hook, "__self__", None), BackSlash) for hook in _hooks(optimizer)):
         return  # a Trainer's callback, or the user, has attached one
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -64,7 +72,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     deltas = {name: p for name, p in deltas.items() if id(p) in stepped}
     if deltas and config.lambda_ > 0:
         # what is registered now runs in this very step already
-        BackSlash(dict(sorted(deltas.items())), **config.penalty()).attach(optimizer)
+        penalty = _own[optimizer] = BackSlash(dict(sorted(deltas.items())), **config.penalty())
+        penalty.steps = before.steps if before is not None else 0
+        penalty.attach(optimizer)
 
 
 def _hooks(optimizer: Any) -> list[Any]:

@@ -6,6 +6,7 @@ vocabulary may have grown. As codes they would be garbage in a model that is not
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ...nn.base import OUTLIERS, QuantizedWeight
+from .methods import is_ours
 from .patching import rebind
 
 
@@ -26,10 +28,13 @@ def install() -> None:
 
 def _get(original: Callable) -> Callable:
     def get_peft_model_state_dict(model, *args, **kwargs):
-        kind = model.peft_config[kwargs.get("adapter_name", "default")].peft_type.value
-        if kind in ("BACKSLASH", "DEEPSHAPE") and kwargs.get("save_embedding_layers", "auto") == "auto" and not args:
-            kwargs["save_embedding_layers"] = False  # an embedding that is a target is not changed itself
         state = original(model, *args, **kwargs)
+        bound = inspect.signature(original).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        adapter, embeddings = bound.arguments["adapter_name"], bound.arguments["save_embedding_layers"]
+        if embeddings == "auto" and is_ours(model.peft_config[adapter].peft_type):
+            # an embedding that is a target is not changed itself
+            state = {key: value for key, value in state.items() if not key.endswith(".base_layer.weight")}
         codes = [
             key
             for key, value in state.items()
@@ -38,7 +43,7 @@ def _get(original: Callable) -> Callable:
         for key in codes:
             for suffix in ("", "_scale", *OUTLIERS):
                 state.pop(f"{key}{suffix}", None)
-        if codes and kwargs.get("save_embedding_layers") is True:
+        if codes and embeddings is True:
             warnings.warn(
                 f"save_embedding_layers=True: {codes[0]} is left out of the adapter, because it is quantized and "
                 "belongs to the base model's checkpoint.",
