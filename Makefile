@@ -58,7 +58,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(READY)
-	$(PYTEST) --timeout 1800 $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=explore $(PYTEST) --timeout 1800 $(PYTEST_ARGS)
 
 $(READY_MIN): pyproject.toml constraints-min.txt requirements-models.txt
 	test -x $(BIN_MIN)/python || $(PYTHON) -m venv $(VENV_MIN)

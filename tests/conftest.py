@@ -13,6 +13,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+
+# A change is judged by the same examples every time; `make test-all` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

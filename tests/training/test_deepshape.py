@@ -125,7 +125,9 @@ def test_map_is_monotone_and_its_inverse_inverts(shape, factor, values):
     if not len(x):
         return
     assert forward.magnitude(float(x[-1])) == pytest.approx(float(y[-1]), rel=1e-5)
-    assert (y.diff() > 0).all()
+    # neighbours in float64 may have one image
+    assert (y.diff() >= 0).all()
+    assert (y.diff() > 0)[x.diff() > 1e-13 * x[1:]].all()
     back = forward.inverse().table(float(y[0]), float(y[-1]))(y)
     np.testing.assert_allclose(back.numpy(), x.numpy(), rtol=1e-5)
 
