@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import shutil
 import tempfile
@@ -38,18 +39,37 @@ def find(model: str) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files with the weights of a model: safetensors, or else PyTorch's own.
+    """The files with the weights of a model, those that Transformers would load: safetensors, or else PyTorch's own.
+
+    Variants and leftovers of other saves may lie beside them. Of a folder without a model, all files of a kind.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or an index does not fit them.
     """
     if path.is_file():
         return [path]
-    for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").is_file():
+            return _files_of_index(path / f"{name}.index.json")
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         found = sorted(file for file in path.glob(pattern) if not _is_training_state(file.name))
         if found:
             return found
     raise ValueError(f"{path} holds no weights (*.safetensors, pytorch_model*.bin).")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    content = json.loads(index.read_text(encoding="utf-8"))  # its errors are ValueErrors
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = places.values() if isinstance(places, dict) else ()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{index} is no index of weights: it maps no tensors to files beside it.")
+    missing = sorted(name for name in set(names) if not (index.parent / name).is_file())
+    if missing:
+        raise ValueError(f"{index} names {missing[0]}, which is not there: download or save the model again.")
+    return sorted({index.parent / name for name in names})
 
 
 def copy_others(source: Path, target: Path) -> list[str]:
