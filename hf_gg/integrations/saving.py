@@ -96,15 +96,15 @@ def _make_staging(directory: str) -> tuple[str, int | None]:
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         if name.startswith(_STAGING) and os.path.isdir(path):
-            dead = _lock(path)
+            dead = lock_folder(path)
             if dead is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(dead)
     staging = tempfile.mkdtemp(prefix=_STAGING, dir=directory)
-    return staging, _lock(staging)
+    return staging, lock_folder(staging)
 
 
-def _lock(folder: str) -> int | None:
+def lock_folder(folder: str) -> int | None:
     """Lock a folder for this process; None if another one holds it, or if this system cannot."""
     if fcntl is None:
         return None

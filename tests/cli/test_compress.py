@@ -21,6 +21,7 @@ from hf_gg import GGConfig, coding, quantize_
 from hf_gg.cli import main
 from hf_gg.cli.compress import step
 from hf_gg.coding.levels import is_levels
+from hf_gg.integrations.saving import lock_folder
 
 
 SIZES = {
@@ -429,6 +430,27 @@ def test_a_file_that_cannot_be_written_whole(tmp_path, capsys, options):
     error = capsys.readouterr().err
     assert error.startswith("hf-gg compress: error: ") and error.count("\n") == 1 and "File too large" in error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_killed_process_left(source, tmp_path, capsys):
+    run(source, tmp_path / "out")
+    for name, moved in (("a", False), ("b", True)):
+        work = tmp_path / f".out.new-{name}"
+        (work / "new").mkdir(parents=True)
+        (work / "new" / "model.safetensors").write_bytes(b"half")
+        if moved:  # killed between two renames: this is the only copy
+            (tmp_path / "out").rename(work / "old")
+    before = (tmp_path / ".out.new-b" / "old" / "model.safetensors").read_bytes()
+    alive = tmp_path / ".out.new-c"
+    alive.mkdir()
+    lock = lock_folder(str(alive))
+    run(source, tmp_path / "out", code=1)
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert left_behind(tmp_path) == [alive.name]
+    os.close(lock)
+    run(source, tmp_path / "out", "--overwrite", "--coding", "eg0")
+    assert not left_behind(tmp_path)
 
 
 def test_over_itself(tmp_path, capsys):
