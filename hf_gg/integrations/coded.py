@@ -160,7 +160,7 @@ class CodedSlice:
             return coding.decode(
                 payload, self.name, self.threads, expected_shape=shape, reserved=refused, header=header
             )
-        return decode_levels(payload, self.name, self.threads)
+        return decode_levels(payload, self.name, self.threads, expected_shape=shape)
 
 
 def is_checked(tensor: torch.Tensor, weight_format: str) -> bool:
