@@ -83,7 +83,7 @@ def test_on_a_cuda_device_the_payload_is_what_moves(checkpoint, monkeypatch):
     calls = []
 
     def decode_symbols(payload, name, device, threads, expected_shape):
-        calls.append((name, payload.ndim, str(device)))
+        calls.append((name.split()[0], payload.ndim, str(device)))
         return coding.decode(payload, name, threads, expected_shape)
 
     monkeypatch.setattr(coded, "decode_symbols", decode_symbols)
@@ -413,6 +413,13 @@ def test_every_damaged_tensor_is_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=WEIGHT) as error:
         LLAMA.auto.from_pretrained(folder)
     assert other in str(error.value)
+
+
+def test_damage_is_named_as_in_the_model_and_in_the_file(checkpoint, tmp_path):
+    folder = damage(checkpoint, tmp_path / "a", WEIGHT, lambda x: x[:-1])
+    name = WEIGHT.removeprefix("model.")
+    with pytest.raises(ValueError, match=rf"(?<!model\.){name} \({WEIGHT} in the file\): damaged"):
+        AutoModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("shape", [(1 << 20, 1 << 20), (64, 65), (4096,), (64, 64, 1), ()])
