@@ -74,16 +74,24 @@ def save_pretrained(self, save_directory, *args, **kwargs):
         kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
     staging, lock = _make_staging(directory)
     try:
+        if coder != "none":
+            self._upload_modified_files = functools.partial(_upload, self)  # which is within the save
         result = save(staging, *args, **kwargs)
         if coder != "none":
             coded.correct_index(staging)
         _publish(staging, directory)
     finally:
+        self.__dict__.pop("_upload_modified_files", None)
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
     _wait(self)
     return result
+
+
+def _upload(self, working_dir, *args, **kwargs):
+    coded.correct_index(working_dir)
+    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
 
 
 def _make_staging(directory: str) -> tuple[str, int | None]:
