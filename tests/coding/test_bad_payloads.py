@@ -197,6 +197,11 @@ def test_counts_that_would_take_terabytes():
         ({"lengths": np.array([2**62])}, "a chunk of 4611686018427387904 words"),
         ({"lengths": np.array([10, 10])}, "ends with something else than its padding|bytes, and the header says"),
         ({"coder": 3}, "unknown coder 3"),
+        ({"coder": CONSTANT, "model": NO_MODEL, "checksum": 1}, "64 symbols holds what it does not need"),
+        (
+            {"coder": CONSTANT, "model": NO_MODEL, "shape": (0,), "symbol": 1},
+            "of 0 symbols holds what it does not need",
+        ),
         ({"model": 0}, "unknown model 0 of coder 1"),
         ({"model": 3}, "unknown model 3 of coder 1"),
         ({"coder": GOLOMB, "model": TABLE}, "unknown model 1 of coder 2"),
