@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import RF8Embedding
-from ..nn.base import OUTLIERS
-from .selection import quantized_modules, weight_names
+from ..nn import RF8Embedding, RF8Experts
+from ..nn.base import OUTLIERS, QuantizedWeight
+from .selection import weight_names
 
 
 def install() -> None:
@@ -23,23 +23,21 @@ def install() -> None:
         return
 
     def dtype(self) -> torch.dtype:
-        first = getter(self)
-        return _of_the_rest(self, first) if first == torch.float32 else first
+        return _first_of_the_rest(self) or getter(self)
 
     dtype.__doc__, dtype._original = getter.__doc__, getter  # type: ignore[attr-defined]
     PreTrainedModel.dtype = property(dtype)  # type: ignore[assignment,method-assign]
 
 
-def _of_the_rest(model: nn.Module, default: torch.dtype) -> torch.dtype:
-    quantized = {module for _, module in quantized_modules(model)}
-    if not quantized:
-        return default
+def _first_of_the_rest(model: nn.Module) -> torch.dtype | None:
+    """By a walk that ends at the first parameter that counts, as Transformers' own does."""
     for module in model.modules():
+        ours: set[str] = set()
         if isinstance(module, RF8Embedding):
             return module.compute_dtype
-        names = weight_names(module) if module in quantized else ()
-        ours = {f"{name}{suffix}" for name in names for suffix in ("_scale", *OUTLIERS)}
+        if isinstance(module, (QuantizedWeight, RF8Experts)):
+            ours = {f"{name}{suffix}" for name in weight_names(module) for suffix in ("_scale", *OUTLIERS)}
         for name, parameter in module._parameters.items():
-            if name not in ours and parameter is not None and parameter.is_floating_point():
+            if parameter is not None and parameter.is_floating_point() and name not in ours:
                 return parameter.dtype
-    return default
+    return None
