@@ -227,7 +227,7 @@ def _check_reserved(
 
 def frequencies_of(header: Header) -> np.ndarray:
     """The frequencies of a RANS payload, int64 [256]; `ValueError` says what is wrong."""
-    read = models.read_table if header.model == TABLE else ggd_model.read_frequencies
+    read = _backend().read_table if header.model == TABLE else ggd_model.read_frequencies
     return read(header.parameters, header.bits)
 
 
