@@ -112,13 +112,16 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     What processes left there that were killed is removed; a folder that one had moved away comes back.
 
     Raises:
-        ValueError: as `check_new`.
+        ValueError: as `check_new`. OSError: its parent cannot be written to.
     """
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(out)
     check_new(out, overwrite)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    except OSError as error:
+        raise OSError(f"no folder can be made in {out.parent} ({error.strerror}): give another place.") from error
     lock = lock_folder(str(work))
     staging, old = work / "new", work / _OLD
     try:

@@ -541,3 +541,10 @@ def test_gguf(tmp_path, capsys):
     assert table["total"]["bits"] < 6.6
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").is_quantized
+
+
+def test_a_place_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["compress", str(source), str(tmp_path / "file" / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "no folder can be made in" in message and "give another place" in message and message.count("\n") == 1
