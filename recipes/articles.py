@@ -34,8 +34,14 @@ class ArticleArguments(StudyArguments):
                 raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}.")
 
 
-def classifier(study: ArticleArguments) -> tuple[Callable, Callable[[torch.nn.Module], float]]:
-    """`train` and `evaluate` of `rate_study.run`; the metric is the accuracy on held-out articles."""
+def classifier(
+    study: ArticleArguments, wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None
+) -> tuple[Callable, Callable[[torch.nn.Module], float]]:
+    """`train` and `evaluate` of `rate_study.run`; the metric is the accuracy on held-out articles.
+
+    Args:
+        wrap: puts an adapter on the model.
+    """
     train_rows, test_rows, labels = articles(study)
     collate = tf.DataCollatorWithPadding(tf.AutoTokenizer.from_pretrained(data.minilm()))
 
@@ -45,6 +51,7 @@ def classifier(study: ArticleArguments) -> tuple[Callable, Callable[[torch.nn.Mo
             data.minilm(), num_labels=len(labels), num_hidden_layers=study.layers
         )
         model.get_input_embeddings().requires_grad_(False)
+        model = wrap(model) if wrap else model
         trainer = tf.Trainer(model, args, collate, train_dataset=train_rows, callbacks=callbacks)
         trainer.remove_callback(tf.PrinterCallback)
         trainer.train()

@@ -60,6 +60,9 @@ class BackSlash:
         every: steps between two estimates of ν and s.
         count: N of the reference form; by default all parameters of the model, or of `params`.
         seed: of the stochastic rounding of bfloat16 parameters, the same on all processes.
+        skip_zeros: estimate ν and s from the weights that are not exactly zero: for tensors that start at zero, such
+            as an adapter's ΔW. Counted, zeros drag s far below one step of the optimizer and ν to 0.1, and the
+            penalty lets go of every weight that leaves zero. Estimates above 1 are taken for 1 then.
 
     Attributes:
         strength: factor on λ, for schedules.
@@ -82,10 +85,11 @@ class BackSlash:
         every: int = 20,
         count: int | None = None,
         seed: int = 0,
+        skip_zeros: bool = False,
     ) -> None:
         settings = check_settings(lambda_, form, shape, eps, every)
         self.lambda_, self.form, self.shape, self.eps, self.every = settings
-        self.seed = seed
+        self.seed, self.skip_zeros = seed, skip_zeros
         if isinstance(params, nn.Module):
             count = count or sum(p.numel() for p in params.parameters())
             params = select_matrices(params)
@@ -201,14 +205,17 @@ class BackSlash:
         Raises:
             ValueError: a weight is NaN or infinite; the tensor is named.
         """
-        table = torch.zeros(len(self.parts), 2, dtype=torch.float64)
+        table = torch.zeros(len(self.parts), 3, dtype=torch.float64)
         for index, part in enumerate(self.parts):
             local = part.local()
             if local is not None and local.numel():
-                table[index] = torch.stack([moments(block) for block in blocks(local)]).sum(0).cpu()
+                table[index, :2] = torch.stack([moments(block) for block in blocks(local)]).sum(0).cpu()
+                table[index, 2] = int(torch.count_nonzero(local)) if self.skip_zeros else 0
         sum_over_processes(table, self.parts)
         self._check_finite(self.parts, table.sum(1))
         sizes = torch.tensor([part.numel for part in self.parts], dtype=torch.float64)
+        if self.skip_zeros:
+            sizes = table[:, 2].clamp_min(1)
         if self.shape == "global":
             table, sizes = table.sum(0, keepdim=True).expand_as(table), sizes.sum().expand_as(sizes)
         scales = table[:, 0] / sizes
@@ -216,7 +223,8 @@ class BackSlash:
         ratios = torch.where(empty, 2.0, (table[:, 1] / sizes) / scales.square().clamp_min(1e-300))
         shapes = torch.full_like(scales, self.shape) if isinstance(self.shape, float) else shape_from_ratio(ratios)
         if self.form == "decoupled" and isinstance(self.shape, str):
-            shapes = shapes.clamp_max(2.0)
+            # a penalty of ν > 1 vanishes at zero and keeps none: a few survivors of equal size would end the sparsity
+            shapes = shapes.clamp_max(1.0 if self.skip_zeros else 2.0)
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 

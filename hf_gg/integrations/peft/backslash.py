@@ -67,7 +67,8 @@ class BackSlashConfig(MatrixConfig):
 
     def penalty(self) -> dict[str, Any]:
         """The arguments of `BackSlash`."""
-        return {name: getattr(self, name) for name in ("lambda_", "form", "shape", "eps", "every", "seed")}
+        own = {name: getattr(self, name) for name in ("lambda_", "form", "shape", "eps", "every", "seed")}
+        return {**own, "skip_zeros": True}
 
     def schedule(self) -> dict[str, Any]:
         """The further arguments of `BackSlashCallback`."""
@@ -95,6 +96,11 @@ class BackSlashLayer(MatrixLayer):
     def update_layer(self, adapter_name: str, config: BackSlashConfig) -> None:
         """Add a ΔW of zeros."""
         parameter = next(self.get_base_layer().parameters())
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"{self.name} is split over processes, and a whole ΔW beside it would be trained in each by itself: "
+                "add the adapter before the model is split, or train with DDP."
+            )
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(self.rows, self.columns, dtype=dtype, device=parameter.device)
         self.backslash_delta[adapter_name] = nn.Parameter(zeros)
