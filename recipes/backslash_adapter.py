@@ -14,7 +14,6 @@ from pathlib import Path
 
 import peft
 import torch
-import transformers as tf
 from articles import ArticleArguments, classifier
 from backslash_study import BackSlashArguments
 from rate_study import arguments_or, read_arguments, run
@@ -24,12 +23,7 @@ from hf_gg import BackSlashConfig
 
 @dataclass
 class AdapterArguments(BackSlashArguments, ArticleArguments):
-    def callbacks(self, method: str, value: float) -> list[tf.TrainerCallback]:
-        """See `StudyArguments`; the estimates are those that the adapter makes by itself."""
-        found = super().callbacks(method, value)
-        for callback in found:
-            callback.settings["skip_zeros"] = True
-        return found
+    pass
 
 
 def wrapped(model: torch.nn.Module) -> torch.nn.Module:

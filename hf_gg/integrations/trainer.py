@@ -26,7 +26,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
     grid with the code book, sparsity on the grid, exact zeros, the step c, R, and ν of each kind of layer.
 
     Args:
-        lambda_, form, shape, eps, every, seed, skip_zeros: see `BackSlash`.
+        lambda_, form, shape, eps, every, seed: see `BackSlash`.
         modules: modules to act on, see `select_matrices`; None for all.
         embeddings: act on embeddings too.
         warmup: steps over which λ rises; below 1, a share of the training.
@@ -52,7 +52,6 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         hold_support: bool = True,
         grid: float = 2**-9,
         seed: int = 0,
-        skip_zeros: bool = False,
     ) -> None:
         check_settings(lambda_, form, shape, eps, every)
         check_number("warmup", warmup)
@@ -66,7 +65,6 @@ class BackSlashCallback(TrainerCallback, ExportableState):
             "eps": eps,
             "every": every,
             "seed": seed,
-            "skip_zeros": skip_zeros,
         }
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.embeddings = embeddings

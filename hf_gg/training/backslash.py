@@ -24,6 +24,8 @@ from .selection import check_number, select_matrices
 
 FORMS = ("decoupled", "reference")
 SHAPES = ("tensor", "global")
+# the name of an adapter's change of a matrix, which starts at zero
+DELTA = "backslash_delta"
 
 
 @dataclass
@@ -62,7 +64,8 @@ class BackSlash:
         seed: of the stochastic rounding of bfloat16 parameters, the same on all processes.
         skip_zeros: estimate ν and s from the weights that are not exactly zero: for tensors that start at zero, such
             as an adapter's ΔW. Counted, zeros drag s far below one step of the optimizer and ν to 0.1, and the
-            penalty lets go of every weight that leaves zero. Estimates above 1 are taken for 1 then.
+            penalty lets go of every weight that leaves zero. Estimates above 1 are taken for 1 then. None: for
+            adapters' ΔW only.
 
     Attributes:
         strength: factor on λ, for schedules.
@@ -85,11 +88,11 @@ class BackSlash:
         every: int = 20,
         count: int | None = None,
         seed: int = 0,
-        skip_zeros: bool = False,
+        skip_zeros: bool | None = None,
     ) -> None:
         settings = check_settings(lambda_, form, shape, eps, every)
         self.lambda_, self.form, self.shape, self.eps, self.every = settings
-        self.seed, self.skip_zeros = seed, skip_zeros
+        self.seed = seed
         if isinstance(params, nn.Module):
             count = count or sum(p.numel() for p in params.parameters())
             params = select_matrices(params)
@@ -102,6 +105,7 @@ class BackSlash:
         if len(self._places) < len(names):
             raise ValueError(f"params names {next(n for n in names if names.count(n) > 1)!r} twice.")
         self.count = count or sum(part.numel for part in self.parts)
+        self._skips = [DELTA in name.split(".") if skip_zeros is None else skip_zeros for name in names]
         self.strength = 1.0
         self.hold_support = False
         self.steps = 0
@@ -210,12 +214,12 @@ class BackSlash:
             local = part.local()
             if local is not None and local.numel():
                 table[index, :2] = torch.stack([moments(block) for block in blocks(local)]).sum(0).cpu()
-                table[index, 2] = int(torch.count_nonzero(local)) if self.skip_zeros else 0
+                table[index, 2] = int(torch.count_nonzero(local)) if self._skips[index] else 0
         sum_over_processes(table, self.parts)
         self._check_finite(self.parts, table.sum(1))
+        skips = torch.tensor(self._skips)
         sizes = torch.tensor([part.numel for part in self.parts], dtype=torch.float64)
-        if self.skip_zeros:
-            sizes = table[:, 2].clamp_min(1)
+        sizes = torch.where(skips, table[:, 2].clamp_min(1), sizes)
         if self.shape == "global":
             table, sizes = table.sum(0, keepdim=True).expand_as(table), sizes.sum().expand_as(sizes)
         scales = table[:, 0] / sizes
@@ -224,7 +228,7 @@ class BackSlash:
         shapes = torch.full_like(scales, self.shape) if isinstance(self.shape, float) else shape_from_ratio(ratios)
         if self.form == "decoupled" and isinstance(self.shape, str):
             # a penalty of ν > 1 vanishes at zero and keeps none: a few survivors of equal size would end the sparsity
-            shapes = shapes.clamp_max(1.0 if self.skip_zeros else 2.0)
+            shapes = shapes.minimum(torch.where(skips, 1.0, 2.0).double())
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 

@@ -67,8 +67,7 @@ class BackSlashConfig(MatrixConfig):
 
     def penalty(self) -> dict[str, Any]:
         """The arguments of `BackSlash`."""
-        own = {name: getattr(self, name) for name in ("lambda_", "form", "shape", "eps", "every", "seed")}
-        return {**own, "skip_zeros": True}
+        return {name: getattr(self, name) for name in ("lambda_", "form", "shape", "eps", "every", "seed")}
 
     def schedule(self) -> dict[str, Any]:
         """The further arguments of `BackSlashCallback`."""
