@@ -24,13 +24,14 @@ def recipes():
     pytest.importorskip("accelerate")
     sys.path.insert(0, str(FOLDER))
     try:
+        import backslash_adapter
         import backslash_classifier
         import backslash_lm
         import deepshape
         import rate_study
 
         found = {"classifier": backslash_classifier, "lm": backslash_lm, "deepshape": deepshape, "study": rate_study}
-        yield found
+        yield found | {"adapter": backslash_adapter}
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -81,6 +82,17 @@ def test_classifier(recipes, tmp_path):
     assert zeros["plain"] == 0 < zeros["loose"] < zeros["backslash"] <= zeros["straight"]
     assert float(found["reference"]["c"]) < 0.001 < float(found["backslash"]["c"])
     assert all(0 <= float(row["metric"]) <= 1 for row in rows)
+
+
+def test_adapter(recipes, tmp_path):
+    pytest.importorskip("peft")
+    grids = ("--grids", "0.0001220703125", "--methods", "backslash", "--seeds", "0", "--modules", "backslash_delta")
+    rows = run(recipes["adapter"], tmp_path, *CLASSIFIER, *TRAINING, *STUDY, *grids)
+    zeros = {row["value"]: float(row["zeros"]) for row in rows if row["grid"] == "0" and row["pruned"] == "0"}
+    assert zeros["0"] < zeros["0.5"] < zeros["3"] == 1
+    bits = {row["value"]: float(row["bits"]) for row in rows if row["grid"] != "0" and row["method"] != "prune"}
+    assert bits["0"] > bits["0.5"] > bits["3"]
+    assert {row["c"] != "" for row in rows if row["method"] == "backslash"} == {True}
 
 
 def test_deepshape(recipes, tmp_path, capsys):
