@@ -115,7 +115,7 @@ def plot(rows: list[dict[str, str]], study: StudyArguments, better: str) -> None
         left.set_ylim(plain - 12 * span, max(metrics) + span)
     else:
         left.set_ylim(min(metrics) - span, plain + 10 * span)
-    left.set_xlim(0, max(6.0, *(min(p.bits for p in found if p.method == m) for m in ("plain",))))
+    left.set_xlim(0, 1.05 * max(p.bits for p in found if p.grid))
     left.set_xlabel("bits a weight, code book counted")
     left.set_ylabel("metric on held-out data")
     left.legend(fontsize=8)
