@@ -3,81 +3,29 @@
     python recipes/backslash_classifier.py                                  # what backslash_classifier.yaml says
     python recipes/backslash_classifier.py --max_steps 300 --backslash 1 2  # other values
 
-Model: the first layers of all-MiniLM-L6-v2 with a new head, embeddings frozen. Data: BBC news, five subjects, 1,500
-articles to train on and 725 held out, cut off after a few words. See `backslash_study.py` for methods and measures.
+See `articles.py` for the model and the data, `backslash_study.py` for methods and `rate_study.py` for measures.
 """
 
 from __future__ import annotations
 
-import os
-import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch
-import transformers as tf
-from backslash_study import StudyArguments, arguments_or, read_arguments, run
-
-from hf_gg import data
+from articles import ArticleArguments, classifier
+from backslash_study import BackSlashArguments
+from rate_study import arguments_or, read_arguments, run
 
 
 @dataclass
-class ClassifierArguments(StudyArguments):
-    layers: int = field(default=6, metadata={"help": "layers of the encoder that are kept, at most 6"})
-    tokens: int = field(default=32, metadata={"help": "tokens of an article that are read"})
-    held_out: int = field(default=725, metadata={"help": "articles for the accuracy"})
+class ClassifierArguments(BackSlashArguments, ArticleArguments):
+    pass
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Run what is not in the results yet; returns the CSV file."""
     config = Path(__file__).with_suffix(".yaml")
     study, training = read_arguments(ClassifierArguments, config, arguments_or(arguments))
-    for name, most in (("layers", 6), ("held_out", 725), ("tokens", 512)):
-        if not 1 <= getattr(study, name) <= most:
-            raise ValueError(f"{name} must be 1 to {most}, got {getattr(study, name)}.")
-    train_rows, test_rows, labels = articles(study)
-    pad = tf.AutoTokenizer.from_pretrained(data.minilm())
-
-    def train(seed: int, args: tf.TrainingArguments, callbacks: list) -> torch.nn.Module:
-        tf.set_seed(seed)
-        model = tf.AutoModelForSequenceClassification.from_pretrained(
-            data.minilm(), num_labels=len(labels), num_hidden_layers=study.layers
-        )
-        model.get_input_embeddings().requires_grad_(False)
-        collate = tf.DataCollatorWithPadding(pad)
-        trainer = tf.Trainer(model, args, collate, train_dataset=train_rows, callbacks=callbacks)
-        trainer.remove_callback(tf.PrinterCallback)
-        trainer.train()
-        return model
-
-    batches = [tf.DataCollatorWithPadding(pad)(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64)]
-
-    truth = torch.tensor([row["labels"] for row in test_rows])
-
-    def accuracy(model: torch.nn.Module) -> float:
-        model.eval()
-        with torch.inference_mode():
-            logits = torch.cat([model(**batch.to(model.device)).logits.cpu() for batch in batches])
-        return float((logits.argmax(-1) == truth).double().mean())
-
-    return run(study, training, train, accuracy, "higher")
-
-
-def articles(study: ClassifierArguments) -> tuple[list[dict], list[dict], list[str]]:
-    """Training and held-out rows, the same for all seeds, and the labels."""
-    rows = data.bbc_news()
-    random.Random(0).shuffle(rows)
-    labels = sorted({label for _, label in rows})
-    tokenizer = tf.AutoTokenizer.from_pretrained(data.minilm())
-    encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=study.tokens)
-    items = [
-        {"input_ids": ids, "attention_mask": mask, "labels": labels.index(label)}
-        for ids, mask, (_, label) in zip(encoded["input_ids"], encoded["attention_mask"], rows)
-    ]
-    return items[725:], items[: study.held_out], labels
+    return run(study, training, *classifier(study), "higher")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python recipes/backslash_lm.py --max_steps 300 --backslash 0.1  # other values
 
 Model: a small Llama, from scratch. Data: State of the Union addresses, the last ones held out; byte-level BPE trained
-on the others. The metric is the perplexity of a token. See `backslash_study.py` for methods and measures.
+on the others. The metric is the perplexity of a token. See `backslash_study.py` for methods and `rate_study.py` for
+measures.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers as tf
-from backslash_study import StudyArguments, arguments_or, read_arguments, run
+from backslash_study import BackSlashArguments
+from rate_study import arguments_or, read_arguments, run
 from tokenizers import ByteLevelBPETokenizer
 
 from hf_gg.data import sotu_texts
 
 
 @dataclass
-class LanguageArguments(StudyArguments):
+class LanguageArguments(BackSlashArguments):
     hidden_size: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=2, metadata={"help": "depth of the model"})
     heads: int = field(default=4, metadata={"help": "attention heads"})

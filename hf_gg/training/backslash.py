@@ -24,6 +24,8 @@ from .selection import check_number, select_matrices
 
 FORMS = ("decoupled", "reference")
 SHAPES = ("tensor", "global")
+# the name of an adapter's change of a matrix, which starts at zero
+DELTA = "backslash_delta"
 
 
 @dataclass
@@ -60,6 +62,10 @@ class BackSlash:
         every: steps between two estimates of ν and s.
         count: N of the reference form; by default all parameters of the model, or of `params`.
         seed: of the stochastic rounding of bfloat16 parameters, the same on all processes.
+        skip_zeros: estimate ν and s from the weights that are not exactly zero: for tensors that start at zero, such
+            as an adapter's ΔW. Counted, zeros drag s far below one step of the optimizer and ν to 0.1, and the
+            penalty lets go of every weight that leaves zero. Estimates above 1 are taken for 1 then. None: for
+            adapters' ΔW only.
 
     Attributes:
         strength: factor on λ, for schedules.
@@ -82,6 +88,7 @@ class BackSlash:
         every: int = 20,
         count: int | None = None,
         seed: int = 0,
+        skip_zeros: bool | None = None,
     ) -> None:
         settings = check_settings(lambda_, form, shape, eps, every)
         self.lambda_, self.form, self.shape, self.eps, self.every = settings
@@ -98,6 +105,7 @@ class BackSlash:
         if len(self._places) < len(names):
             raise ValueError(f"params names {next(n for n in names if names.count(n) > 1)!r} twice.")
         self.count = count or sum(part.numel for part in self.parts)
+        self._skips = [DELTA in name.split(".") if skip_zeros is None else skip_zeros for name in names]
         self.strength = 1.0
         self.hold_support = False
         self.steps = 0
@@ -201,14 +209,17 @@ class BackSlash:
         Raises:
             ValueError: a weight is NaN or infinite; the tensor is named.
         """
-        table = torch.zeros(len(self.parts), 2, dtype=torch.float64)
+        table = torch.zeros(len(self.parts), 3, dtype=torch.float64)
         for index, part in enumerate(self.parts):
             local = part.local()
             if local is not None and local.numel():
-                table[index] = torch.stack([moments(block) for block in blocks(local)]).sum(0).cpu()
+                table[index, :2] = torch.stack([moments(block) for block in blocks(local)]).sum(0).cpu()
+                table[index, 2] = int(torch.count_nonzero(local)) if self._skips[index] else 0
         sum_over_processes(table, self.parts)
         self._check_finite(self.parts, table.sum(1))
+        skips = torch.tensor(self._skips)
         sizes = torch.tensor([part.numel for part in self.parts], dtype=torch.float64)
+        sizes = torch.where(skips, table[:, 2].clamp_min(1), sizes)
         if self.shape == "global":
             table, sizes = table.sum(0, keepdim=True).expand_as(table), sizes.sum().expand_as(sizes)
         scales = table[:, 0] / sizes
@@ -216,7 +227,8 @@ class BackSlash:
         ratios = torch.where(empty, 2.0, (table[:, 1] / sizes) / scales.square().clamp_min(1e-300))
         shapes = torch.full_like(scales, self.shape) if isinstance(self.shape, float) else shape_from_ratio(ratios)
         if self.form == "decoupled" and isinstance(self.shape, str):
-            shapes = shapes.clamp_max(2.0)
+            # a penalty of ν > 1 vanishes at zero and keeps none: a few survivors of equal size would end the sparsity
+            shapes = shapes.minimum(torch.where(skips, 1.0, 2.0).double())
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 

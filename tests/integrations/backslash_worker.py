@@ -1,7 +1,8 @@
 """A training under BackSlash as one of several processes: python backslash_worker.py MODE MODEL OUTPUT.
 
 MODE: `trainer` (alone, or under DDP by `accelerate launch`), `fsdp` (parts of the model in each process),
-`loop` (plain PyTorch), `zero1`, `zero2`, `zero3` (DeepSpeed's engine), `nan` (FSDP, with a weight that is not finite).
+`loop` (plain PyTorch), `zero1`, `zero2`, `zero3` (DeepSpeed's engine), `nan` (FSDP, with a weight that is not finite),
+`delta`, `deepshape` (as `trainer`, with an adapter), `delta-fsdp`, `deepshape-fsdp` (an adapter on a split model).
 Writes the trained weights to OUTPUT.safetensors and what was logged to OUTPUT.json.
 """
 
@@ -68,7 +69,8 @@ def with_trainer() -> None:
         logging_steps=4,
     )
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
-    callback = BackSlashCallback(LAMBDA, shape=SHAPE, every=3, warmup=2, cooldown=2, grid=2**-7)
+    schedule = {"every": 3, "warmup": 2, "cooldown": 2}
+    callback = BackSlashCallback(LAMBDA, shape=SHAPE, grid=2**-7, **schedule)
     trainer = tf.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
     try:
         trainer.train()
@@ -82,6 +84,44 @@ def with_trainer() -> None:
         {name: full(w) for name, w in trainer.model.state_dict().items()},
         {"fits": fits, "log": trainer.state.log_history[0]},
     )
+
+
+def with_adapter() -> None:
+    import peft
+
+    from hf_gg import BackSlashConfig, DeepShapeConfig
+
+    kind, _, split = MODE.partition("-")
+    parallel = None
+    if split:
+        from transformers.distributed import DistributedConfig
+
+        parallel = DistributedConfig(fsdp_size=WORLD)
+    model = tf.AutoModelForCausalLM.from_pretrained(MODEL, distributed_config=parallel)
+    config = DeepShapeConfig(shape_scale=0.9, task_type="CAUSAL_LM")
+    if kind == "delta":
+        schedule = {"every": 3, "warmup": 2, "cooldown": 2}
+        config = BackSlashConfig(lambda_=0.5, shape=SHAPE, grid=None, task_type="CAUSAL_LM", **schedule)
+    try:
+        model = peft.get_peft_model(model, config)
+    except ValueError as error:
+        finish({}, {"error": str(error)})
+    arguments = tf.TrainingArguments(
+        str(OUTPUT),
+        per_device_train_batch_size=BATCH // WORLD,
+        max_steps=STEPS,
+        learning_rate=LR,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=4,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = tf.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    finish(weights, {"world": WORLD, "log": trainer.state.log_history[0]})
 
 
 def batch(step: int) -> torch.Tensor:
@@ -141,4 +181,9 @@ def with_zero() -> None:
 
 torch.set_num_threads(1)
 tf.logging.set_verbosity_error()
-{"trainer": with_trainer, "fsdp": with_trainer, "nan": with_trainer, "loop": with_loop}.get(MODE, with_zero)()
+if MODE.startswith("zero"):
+    with_zero()
+elif MODE.startswith(("delta", "deepshape")):
+    with_adapter()
+else:
+    {"trainer": with_trainer, "fsdp": with_trainer, "nan": with_trainer, "loop": with_loop}[MODE]()

@@ -103,6 +103,32 @@ def test_fsdp2_stops_everywhere_at_a_weight_that_is_not_finite(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["delta", "deepshape"])
+def test_adapters_under_ddp(folder, kind):
+    """ΔW under its penalty, and the factors of maps, both with a stock Trainer and no callback."""
+    weights, log = launch(kind, folder, f"{kind}-ddp", 2, "accelerate")
+    expected, alone = launch(kind, folder, f"{kind}-one", 1)
+    assert (log["world"], alone["world"]) == (2, 1)
+    assert weights.keys() == expected.keys() and len(weights) == 14
+    assert all(bool(w.any()) for w in expected.values())
+    assert max(float((weights[name] - w).abs().max()) for name, w in expected.items()) < TOLERANCE
+    assert log["log"]["loss"] == pytest.approx(alone["log"]["loss"], rel=1e-4)
+    if kind == "delta":
+        zeros = {name: float((w == 0).float().mean()) for name, w in expected.items()}
+        assert all(0.02 < share < 0.98 for share in zeros.values())
+        for name, share in zeros.items():
+            assert float((weights[name] == 0).float().mean()) == pytest.approx(share, abs=0.003)
+        assert log["log"]["backslash/bits"] == pytest.approx(alone["log"]["backslash/bits"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["delta", "deepshape"])
+def test_adapters_on_a_split_model_are_refused(folder, kind):
+    _, log = launch(f"{kind}-fsdp", folder, f"{kind}-fsdp", 2)
+    assert "is split over processes" in log["error"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero(folder, stage):

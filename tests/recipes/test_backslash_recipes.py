@@ -1,4 +1,4 @@
-"""The two rate–accuracy studies in tiny: they run, go on where they stopped, count bytes, refuse bad values."""
+"""The rate–accuracy studies in tiny: they run, go on where they stopped, count bytes, refuse bad values."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def recipes():
     pytest.importorskip("accelerate")
     sys.path.insert(0, str(FOLDER))
     try:
+        import backslash_adapter
         import backslash_classifier
         import backslash_lm
-        import backslash_study
+        import deepshape
+        import rate_study
 
-        yield {"classifier": backslash_classifier, "lm": backslash_lm, "study": backslash_study}
+        found = {"classifier": backslash_classifier, "lm": backslash_lm, "deepshape": deepshape, "study": rate_study}
+        yield found | {"adapter": backslash_adapter}
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -79,6 +82,45 @@ def test_classifier(recipes, tmp_path):
     assert zeros["plain"] == 0 < zeros["loose"] < zeros["backslash"] <= zeros["straight"]
     assert float(found["reference"]["c"]) < 0.001 < float(found["backslash"]["c"])
     assert all(0 <= float(row["metric"]) <= 1 for row in rows)
+
+
+def test_adapter(recipes, tmp_path):
+    pytest.importorskip("peft")
+    grids = ("--grids", "0.0001220703125", "--methods", "backslash", "--seeds", "0", "--modules", "backslash_delta")
+    rows = run(recipes["adapter"], tmp_path, *CLASSIFIER, *TRAINING, *STUDY, *grids)
+    zeros = {row["value"]: float(row["zeros"]) for row in rows if row["grid"] == "0" and row["pruned"] == "0"}
+    assert zeros["0"] < zeros["0.5"] < zeros["3"] == 1
+    bits = {row["value"]: float(row["bits"]) for row in rows if row["grid"] != "0" and row["method"] != "prune"}
+    assert bits["0"] > bits["0.5"] > bits["3"]
+    assert {row["c"] != "" for row in rows if row["method"] == "backslash"} == {True}
+
+
+def test_deepshape(recipes, tmp_path, capsys):
+    scales = ("--shape", "0.8", "1.25", "--std", "0.6", "--both", "0.8", "--both_std", "0.5", "--seeds", "0")
+    training = (*TRAINING, "--learning_rate", "1e-6", "--grids", "0.03125", "--prunes", "0.8", "--modules", "encoder")
+    rows = run(recipes["deepshape"], tmp_path, *CLASSIFIER, *training, *scales)
+    found = {(row["method"], row["value"]): row for row in rows if row["pruned"] == "0" and row["grid"] == "0"}
+    assert found.keys() == {("plain", "0"), ("shape", "0.8"), ("shape", "1.25"), ("std", "0.6"), ("both", "0.8")}
+    shapes = {key: float(row["shape"]) for key, row in found.items()}
+    plain = shapes["plain", "0"]  # the fit of what came out is not quite what was asked for, see docs/deepshape.md
+    assert shapes["shape", "0.8"] == pytest.approx(0.8 * plain, rel=0.15)
+    assert shapes["shape", "1.25"] == pytest.approx(1.25 * plain, rel=0.15)
+    assert shapes["std", "0.6"] == pytest.approx(plain, rel=0.01)
+    assert shapes["both", "0.8"] == pytest.approx(shapes["shape", "0.8"], rel=0.01)
+    bits = {(row["method"], row["value"]): float(row["bits"]) for row in rows if row["grid"] != "0"}
+    saved = bits["plain", "0"] - bits["std", "0.6"]
+    assert saved == pytest.approx(0.737, abs=0.1)  # log2(1 / 0.6)
+    assert bits["both", "0.8"] < bits["std", "0.6"]
+    assert "| shape | 0.8 |" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    for arguments, message in (
+        (("--shape", "0"), "shape must be positive, got 0"),
+        (("--both_std", "nan"), "both_std must be finite"),
+        (("--map", "linear"), "map must be one of parametric, empirical, got 'linear'"),
+        (("--shape", "100"), "shape_scale=100 makes it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(recipes["deepshape"], tmp_path / "new", *CLASSIFIER, *training, *scales, *arguments)
 
 
 def test_bits_are_bytes(recipes):

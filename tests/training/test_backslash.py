@@ -177,6 +177,50 @@ def test_shape_is_scipys_and_is_estimated_every_n_steps():
             assert {fit.shape for fit in penalty.fits.values()} == {1.234}
 
 
+@pytest.mark.parametrize("shape", ["tensor", "global"])
+def test_zeros_can_be_left_out_of_the_estimates(shape):
+    draws = {nu: torch.from_numpy(gennorm.rvs(nu, size=100_000, random_state=5)).float() for nu in (0.6, 0.8, 1.7)}
+    sparse = {f"{nu}": torch.cat([torch.zeros(300_000), w]).view(1000, 400) for nu, w in draws.items()}
+    penalties = [BackSlash(sparse, shape=shape, skip_zeros=skip) for skip in (True, False)]
+    for penalty in penalties:
+        penalty.estimate()
+    found, counted = (penalty.fits for penalty in penalties)
+    if shape == "global":
+        alone = BackSlash({"w": torch.cat(list(draws.values()))}, shape=shape)
+        alone.estimate()
+        wanted = dict.fromkeys(found, alone.fits["w"].shape)
+        scales = dict.fromkeys(found, alone.fits["w"].scale)
+    else:
+        wanted = {"0.6": 0.6, "0.8": 0.8, "1.7": 1.0}
+        scales = {f"{nu}": float(w.abs().mean()) for nu, w in draws.items()}
+    for name, fit in found.items():
+        assert fit.shape == pytest.approx(wanted[name], rel=0.02) and counted[name].shape < 0.4
+        assert fit.scale == pytest.approx(scales[name], rel=1e-5)
+        assert counted[name].scale == pytest.approx(fit.scale / 4, rel=1e-5)
+    empty = BackSlash({"w": torch.zeros(4, 4)}, skip_zeros=True)
+    empty.estimate()
+    assert (empty.fits["w"].shape, empty.fits["w"].scale) == (pytest.approx(1.0), 1.0)
+
+
+def test_more_zeros_from_a_larger_lambda_where_all_start_at_zero():
+    """Counting the zeros, λ = 0.8 left 0.5 % of them, and 0.4 left 49 %."""
+    shares = []
+    for lambda_ in (0.1, 0.2, 0.4, 0.6, 0.8, 1.2):
+        generator = torch.Generator().manual_seed(0)
+        target = torch.randn(40, 60, generator=generator) * 0.02 * (torch.rand(40, 60, generator=generator) < 0.1)
+        delta = nn.Parameter(torch.zeros(40, 60))
+        optimizer = torch.optim.AdamW([delta], lr=5e-4, weight_decay=0.0)
+        BackSlash({"delta": delta}, lambda_, skip_zeros=True).attach(optimizer)
+        for _ in range(80):
+            x = torch.randn(8, 60, generator=generator)
+            y = x @ target.T + 0.1 * torch.randn(8, 40, generator=generator)
+            (x @ delta.T - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        shares.append(float((delta == 0).float().mean()))
+    assert shares == sorted(shares) and shares[0] < 0.2 and shares[2] > 0.8 and shares[4] > 0.95
+
+
 def test_lambda_means_the_same_for_other_scales():
     """A model ten times larger in its weights, trained with ten times the learning rate, shrinks alike."""
     w = torch.randn(300, 200) * 0.02

@@ -40,7 +40,7 @@ class BackSlashConfig(MatrixConfig):
         TypeError, ValueError: an argument makes no sense.
     """
 
-    lambda_: float = field(default=0.5)
+    lambda_: float = field(default=0.2)
     form: str = field(default="decoupled")
     shape: float | str | None = field(default=None)
     eps: float | None = field(default=None)
@@ -95,6 +95,11 @@ class BackSlashLayer(MatrixLayer):
     def update_layer(self, adapter_name: str, config: BackSlashConfig) -> None:
         """Add a ΔW of zeros."""
         parameter = next(self.get_base_layer().parameters())
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"{self.name} is split over processes, and a whole ΔW beside it would be trained in each by itself: "
+                "add the adapter before the model is split, or train with DDP."
+            )
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(self.rows, self.columns, dtype=dtype, device=parameter.device)
         self.backslash_delta[adapter_name] = nn.Parameter(zeros)
