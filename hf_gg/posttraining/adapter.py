@@ -148,14 +148,12 @@ class RouterAdapter:
         parameters = router_parameters(find_routers(model))
         for name, value in new.items():
             if name not in parameters:
-                raise ValueError(
-                    f"the model has no router parameter {name}: the adapter belongs to another base model."
-                )
+                raise ValueError(f"the model has no router parameter {name}: the adapter is of another base model.")
             shape = tuple(parameters[name].shape)
             if shape != tuple(value.shape):
                 raise ValueError(
-                    f"{name} has the shape {list(value.shape)} in the adapter and {list(shape)} in the model: it belongs "
-                    "to another base model."
+                    f"{name} has the shape {list(value.shape)} in the adapter and {list(shape)} in the model: it "
+                    "belongs to another base model."
                 )
         old = {name: _whole(parameters[name]).clone() for name in new}
         for name, value in new.items():
@@ -174,8 +172,8 @@ def router_parameters(routers: Sequence[Router]) -> dict[str, nn.Parameter]:
         for name, parameter in router.module.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"{router.name}.{name} is quantized ({parameter.dtype}): list it in modules_to_not_convert when the "
-                    "model is loaded."
+                    f"{router.name}.{name} is quantized ({parameter.dtype}): list it in modules_to_not_convert "
+                    "when the model is loaded."
                 )
             # a parametrization keeps the weight below itself
             parts = name.split(".")
@@ -194,10 +192,12 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def write(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Set a parameter, also a sharded one, to a whole value."""
-    if hasattr(parameter, "device_mesh"):
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
         from torch.distributed.tensor import distribute_tensor
 
+        placements: Any = getattr(parameter, "placements", None)
         value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+        parameter.copy_(distribute_tensor(value, mesh, placements))
     else:
         parameter.copy_(value)

@@ -81,30 +81,31 @@ def embed(
 ) -> torch.Tensor:
     """Embeddings of texts, from a cache on disk where it has them.
 
-    The cache holds files of some texts each, in a folder of the embedder's own, under the SHA-256 of every text. A file
-    is written aside and renamed, so a run that is cut off leaves whole files, and the next one goes on from there.
+    The cache holds files of some texts each, in a folder of the embedder's own, under the SHA-256 of every text. A
+    file is written aside and renamed, so a run that is cut off leaves whole files, and the next one goes on there.
 
     Args:
         texts: any strings; equal ones are embedded once.
         embedder: a name or folder for `SentenceEmbedder`, or a callable that gives [texts, dimensions].
         cache: the folder; None for no cache.
-        key: what marks the embedder in the cache; by default its `key` (`SentenceEmbedder` has one), or else the name
-            of a function. Give another one where the same name stands for another function.
+        key: what marks the embedder in the cache; by default its attribute `key`, as `SentenceEmbedder` has one.
         chunk: texts in a file.
 
     Returns:
         float32, [texts, dimensions].
 
     Raises:
-        ValueError: the embedder gives NaN, infinity, another shape, or another size than the cache holds; a damaged
-            file.
+        ValueError: a cache without a key; the embedder gives NaN, infinity, another shape, or another size than the
+            cache holds; a damaged file.
     """
     function = embedder if callable(embedder) else SentenceEmbedder(embedder)
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
     found: dict[str, torch.Tensor] = {}
     folder: Path | None = None
     if cache is not None:
-        name = key or getattr(function, "key", None) or _name(function)
+        name = key or getattr(function, "key", None)
+        if not isinstance(name, str):
+            raise ValueError("embedder is a callable without a name: give key, which marks its embeddings in a cache.")
         folder = Path(cache) / hashlib.sha256(name.encode()).hexdigest()[:24]
         found = _read(folder, set(digests))
     size = next(iter(found.values())).numel() if found else None
@@ -128,23 +129,25 @@ def embed(
     return torch.stack([found[digest] for digest in digests])
 
 
-def _name(function: Callable) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
+def default_cache() -> Path | None:
+    """`embeddings` in `$HF_GG_CACHE`, `$XDG_CACHE_HOME/hf_gg` or `~/.cache/hf_gg`; None where none can be made."""
+    asked = os.environ.get("HF_GG_CACHE")
+    try:
+        base = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_gg"
+        (base / "embeddings").mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        return None
+    return base / "embeddings"
 
 
 def _checked(vectors: object, texts: Sequence[str]) -> torch.Tensor:
     tensor = torch.as_tensor(vectors).detach().cpu().float()  # NumPy's arrays too
     if tensor.ndim != 2 or len(tensor) != len(texts) or not tensor.shape[1]:
-        raise ValueError(
-            f"embedder must give [{len(texts)}, dimensions] for {len(texts)} texts, got {[*tensor.shape]}."
-        )
+        raise ValueError(f"embedder must give [{len(texts)}, dimensions] for as many texts, got {[*tensor.shape]}.")
     finite = tensor.isfinite().all(1)
     if not bool(finite.all()):
         text = texts[int((~finite).nonzero()[0])]
-        raise ValueError(
-            f"embedder gives NaN or infinity for the text {text[:80]!r}: leave it out, or mend the embedder."
-        )
+        raise ValueError(f"embedder gives NaN or infinity for the text {text[:80]!r}: leave that sample out.")
     return tensor
 
 
@@ -162,13 +165,9 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it, its texts are then embedded again.") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.dtype != torch.float32:
-            raise ValueError(
-                f"{path} is damaged: {[*vectors.shape]} {vectors.dtype} for {len(texts)} texts. Remove it."
-            )
+            raise ValueError(f"{path} is damaged: {[*vectors.shape]} {vectors.dtype}, {len(texts)} texts. Remove it.")
         if size is not None and vectors.shape[1] != size:
-            raise ValueError(
-                f"{path} holds embeddings of {vectors.shape[1]} dimensions, other files {size}: remove it."
-            )
+            raise ValueError(f"{path} holds {vectors.shape[1]} dimensions, other files {size}: remove it.")
         if not bool(vectors.isfinite().all()):
             raise ValueError(f"{path} is damaged: it holds NaN or infinity. Remove it.")
         size = vectors.shape[1]

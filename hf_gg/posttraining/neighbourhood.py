@@ -177,9 +177,9 @@ def _weights(index: torch.Tensor, distance: torch.Tensor, sigma: float, kind: st
     if kind == "gaussian":
         # the same as sim / Σ sim, and no 0 / 0 where every sim is tiny
         exponent = -distance / (2 * sigma**2)
-        similarity = (
-            (exponent - exponent.amax(1, keepdim=True).nan_to_num(neginf=0)).exp() if distance.numel() else distance
-        )
+        if exponent.numel():
+            exponent = exponent - exponent.amax(1, keepdim=True).nan_to_num(neginf=0)
+        similarity = exponent.exp()
     else:
         similarity = (1 - distance / 2).clamp(min=0)
         index.masked_fill_(similarity == 0, -1)

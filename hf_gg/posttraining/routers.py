@@ -180,10 +180,9 @@ def routing(
         logits = captured.logits.get(router.name)
         if logits is None:
             raise ValueError(f"{router.name} was not called in the forward pass, so its routing cannot be seen.")
-        if logits.numel() // logits.shape[-1] != len(positions) * length:
-            raise ValueError(
-                f"{router.name} saw {logits.numel() // logits.shape[-1]} tokens, not {len(positions)} rows of {length}."
-            )
+        tokens = logits.numel() // logits.shape[-1]
+        if tokens != len(positions) * length:
+            raise ValueError(f"{router.name} saw {tokens} tokens, not {len(positions)} rows of {length}.")
         logits = logits.view(len(positions), length, -1)
         if positions.dtype == torch.bool:
             scores = _scores(logits, router, mask_top_k)

@@ -15,8 +15,8 @@ INDEX, LAST, PROMPT = "roma_index", "roma_last", "roma_prompt"
 class Samples(Dataset):
     """Rows with `prompt` and `answer` (both text, the answer with the blank that stands before it), as token ids.
 
-    Other keys of a row are looked at by `judge` (`choices`) and by `RoMATrainer` (`success`). Text becomes tokens when a
-    row is asked for, so nothing is kept.
+    Other keys of a row are looked at by `judge` (`choices`) and by `RoMATrainer` (`success`). Text becomes tokens when
+    a row is asked for, so nothing is kept.
 
     Args:
         rows: a list of dictionaries or a `datasets.Dataset`.
@@ -64,8 +64,8 @@ class Samples(Dataset):
 class Collator:
     """Makes batches of `Samples`, padded on the tokenizer's side, with labels for the answer alone.
 
-    Besides what the model takes, a batch has the rows' numbers, the place of the last prompt token and, for routing that
-    is averaged, a mask of the prompt.
+    Besides what the model takes, a batch has the rows' numbers, the place of the last prompt token and, for routing
+    that is averaged, a mask of the prompt.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -98,12 +98,18 @@ class Collator:
         return {**batch, LAST: torch.tensor(last), INDEX: torch.tensor([row["index"] for row in rows])}
 
 
-def batches(samples: Samples, size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, torch.Tensor]]:
-    """All samples in order, this process's share: each process gets as many batches, the last ones again if need be."""
-    collate, starts = Collator(samples.tokenizer), list(range(0, len(samples), size))
-    for i in range(0, len(starts), world):
-        start = starts[min(i + rank, len(starts) - 1)]
-        yield collate([samples[j] for j in range(start, min(start + size, len(samples)))])
+def batches(
+    samples: Samples, rows: Sequence[int], size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """One process's share of some rows. All processes get as many batches, so that they can work together.
+
+    Yields:
+        A batch, and whether it counts: what fills up the last round does not.
+    """
+    collate, count = Collator(samples.tokenizer), -(-len(rows) // size)
+    for i in range(0, count, world):
+        place = min(i + rank, count - 1)
+        yield collate([samples[j] for j in rows[place * size : (place + 1) * size]]), i + rank < count
 
 
 def candidates(samples: Samples) -> list[list[int] | None]:
@@ -127,8 +133,8 @@ def candidates(samples: Samples) -> list[list[int] | None]:
         firsts = [tokens[answer], *(tokens[choice] for choice in choices if choice != answer)]
         if len(set(firsts)) < len(firsts):
             raise ValueError(
-                f"{samples.name}[{i}]: two of the choices {list(choices)!r} begin with the same token, so that the next "
-                "token does not tell them apart: use letters, or leave choices out, which judges by greedy decoding."
+                f"{samples.name}[{i}]: two of the choices {list(choices)!r} begin with the same token, so that the "
+                "next one does not tell them apart: use letters, or leave choices out for greedy decoding."
             )
         found.append(firsts)
     return found
