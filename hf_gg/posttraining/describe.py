@@ -75,14 +75,14 @@ def describe(
     training = model.training
     model.eval()
     try:
-        for batch, counts in batches(samples, rows, batch_size, rank, world):
+        for batch, counts in batches(samples, rows, batch_size, rank, world, model):
             index = batch.pop(INDEX).tolist()
-            inputs = {key: value.to(target) for key, value in batch.items()}
+            inputs = {key: value.to(target) if hasattr(value, "to") else value for key, value in batch.items()}
             labels, last, prompt = inputs.pop("labels"), inputs.pop(LAST), inputs.pop(PROMPT)
             with capture(routers) as captured:
                 logits = model(**inputs, use_cache=False).logits
             where = last if tokens == "last" else prompt
-            found = routing(captured, routers, where, labels.shape[1], mask_top_k).cpu()
+            found = routing(captured, routers, where, prompt.shape[1], mask_top_k).cpu()
             if r is None:
                 r = torch.zeros(len(rows), found.shape[1])
             real = inputs["attention_mask"].flatten().bool()
@@ -97,7 +97,7 @@ def describe(
                 at = torch.tensor([place[i] for i in index])
                 r[at] = found
                 loss[at] = _answer_loss(logits, labels).cpu()
-                right = judge(logits, {"labels": labels, LAST: last}, [choices[i] for i in index])
+                right = judge(logits, labels, [choices[i] for i in index])
                 success[at] = right.float()
     finally:
         model.train(training)

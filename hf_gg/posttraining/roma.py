@@ -128,7 +128,7 @@ class RoMATrainer(Trainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=Collator(processing_class),
+                data_collator=Collator(processing_class, model),
                 train_dataset=own,
                 eval_dataset=wrapped if isinstance(eval_dataset, dict) else wrapped["eval_dataset"],
                 processing_class=processing_class,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,19 +66,25 @@ class Collator:
     """Makes batches of `Samples`, padded on the tokenizer's side, with labels for the answer alone.
 
     Besides what the model takes, a batch has the rows' numbers, the place of the last prompt token and, for routing
-    that is averaged, a mask of the prompt.
+    that is averaged, a mask of the prompt. Padded on the left, all answers are at the end: then the model need not
+    give logits for the prompt, and labels are as long as the logits.
+
+    Args:
+        tokenizer: of the model.
+        model: whose forward is asked whether it knows `logits_to_keep`; None for logits of all tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, model: Any = None) -> None:
         # as Trainer looks for it
         self.tokenizer = tokenizer
+        self.keeps = model is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else int(pad)
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         length = max(len(row["prompt"]) + len(row["answer"]) for row in rows)
         shape = (len(rows), length)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "position_ids": torch.zeros(shape, dtype=torch.long),
@@ -95,18 +102,22 @@ class Collator:
             batch["labels"][i, start + prompt : whole.stop] = torch.tensor(row["answer"])
             batch[PROMPT][i, start : start + prompt] = True
             last.append(start + prompt - 1)
+        if self.keeps and self.tokenizer.padding_side == "left":
+            # the logits before the first token of an answer are those that foretell it
+            batch["logits_to_keep"] = 1 + max(len(row["answer"]) for row in rows)
+            batch["labels"] = batch["labels"][:, -batch["logits_to_keep"] :]
         return {**batch, LAST: torch.tensor(last), INDEX: torch.tensor([row["index"] for row in rows])}
 
 
 def batches(
-    samples: Samples, rows: Sequence[int], size: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    samples: Samples, rows: Sequence[int], size: int, rank: int = 0, world: int = 1, model: Any = None
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """One process's share of some rows. All processes get as many batches, so that they can work together.
 
     Yields:
         A batch, and whether it counts: what fills up the last round does not.
     """
-    collate, count = Collator(samples.tokenizer), -(-len(rows) // size)
+    collate, count = Collator(samples.tokenizer, model), -(-len(rows) // size)
     for i in range(0, count, world):
         place = min(i + rank, count - 1)
         yield collate([samples[j] for j in rows[place * size : (place + 1) * size]]), i + rank < count
@@ -140,7 +151,7 @@ def candidates(samples: Samples) -> list[list[int] | None]:
     return found
 
 
-def judge(logits: torch.Tensor, batch: dict[str, torch.Tensor], choices: Sequence[list[int] | None]) -> torch.Tensor:
+def judge(logits: torch.Tensor, labels: torch.Tensor, choices: Sequence[list[int] | None]) -> torch.Tensor:
     """Which rows of a batch a model answers right.
 
     With choices, the right one must be likelier than the others after the prompt. Without, greedy decoding must begin
@@ -148,17 +159,18 @@ def judge(logits: torch.Tensor, batch: dict[str, torch.Tensor], choices: Sequenc
     forward pass of prompt and answer shows.
 
     Args:
-        logits: of prompt and answer, [batch, length, vocabulary].
-        batch: from `Collator`.
+        logits: of prompt and answer, or of the last tokens alone, [batch, length, vocabulary].
+        labels: of the same length, [batch, length].
         choices: from `candidates`, for the rows of the batch.
 
     Returns:
         bool, [batch], on the CPU.
     """
-    said, labels = logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
-    right = ((said == labels) | (labels == -100)).all(1).cpu()
+    said, wanted = logits[:, :-1].argmax(-1), labels[:, 1:]
+    last = (labels != -100).int().argmax(1) - 1  # before the first token of the answer
+    right = ((said == wanted) | (wanted == -100)).all(1).cpu()
     for i, firsts in enumerate(choices):
         if firsts is not None:
-            scores = logits[i, int(batch[LAST][i])][torch.tensor(firsts, device=logits.device)]
+            scores = logits[i, int(last[i])][torch.tensor(firsts, device=logits.device)]
             right[i] = bool(scores[0] > scores[1:].max()) if len(firsts) > 1 else True
     return right

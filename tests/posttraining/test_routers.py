@@ -54,10 +54,7 @@ def by_definition(model, family: str, tokens: list[int]) -> torch.Tensor:
     for name, module in routers:
         z = module.weight.detach().double() @ inputs[name].double()
         z = z + module.bias.detach().double() if hasattr(module, "bias") else z
-        if family == "deepseek-v3":
-            scores = 1 / (1 + (-z).exp())
-        else:
-            scores = (z - z.max()).exp()
+        scores = 1 / (1 + (-z).exp()) if family == "deepseek-v3" else (z - z.max()).exp()
         wanted.append(scores / scores.sum())
     return torch.cat(wanted)
 
