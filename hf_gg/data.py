@@ -132,7 +132,7 @@ def mmlu_dev() -> list[dict]:
     found = []
     for subject, text in sorted(json.loads(path.read_text(encoding="utf-8")).items()):
         for part in text.split("\n\nQ: ")[1:]:
-            choices = re.search(r"\(A\) (.*) \(B\) (.*) \(C\) (.*) \(D\) (.*)\nA: ", part, re.DOTALL)
+            choices = re.search(r"\(A\) (.*)\s\(B\) (.*)\s\(C\) (.*)\s\(D\) (.*)\nA: ", part, re.DOTALL)
             answer = re.search(r"answer is \(([ABCD])\)", part)
             if choices is not None and answer is not None:
                 question = part[: choices.start()].strip()

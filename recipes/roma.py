@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Make the runs that are not in the CSV file yet, then print the table."""
     study, base = read_arguments(sys.argv[1:] if arguments is None else arguments)
     tf.utils.logging.set_verbosity_error()
+    tf.utils.logging.disable_progress_bar()
     path, work = Path(study.results), Path(study.work)
     path.parent.mkdir(parents=True, exist_ok=True)
     if study.model == "upcycled":

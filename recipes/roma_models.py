@@ -168,6 +168,7 @@ def build_experts(folder: Path, layers: int, window: int, count: int, lr: float)
     for name in missing:
         texts = windows(domain_texts(name), tokenizer, window, count)
         prefix.compute(texts)
+        print(f"expert {name}: {len(texts)} texts", flush=True)
         expert, (first, last) = tuned_expert(dense, prefix, texts, layers, lr)
         prefix.known.clear()
         print(f"expert {name}: loss {first:.3f} at first, {last:.3f} in the end", flush=True)

@@ -136,7 +136,8 @@ def test_damaged_files(tmp_path, name, noise, at, cut):
     try:
         found = RouterAdapter.from_pretrained(tmp_path)
     except ValueError as error:
-        assert str(tmp_path) in str(error)
+        if str(tmp_path) not in str(error):
+            raise
     else:
         assert all(bool(w.isfinite().all()) for w in found.weights.values())
 

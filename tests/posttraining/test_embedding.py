@@ -12,12 +12,7 @@ from hf_gg.data import minilm
 from hf_gg.posttraining.roma import SentenceEmbedder, embed
 
 
-TEXTS = [
-    "The cabinet met today.",
-    "A goal in the last minute.",
-    "The cabinet met today.",
-    "ministers, in session " * 9,
-]
+TEXTS = ["The cabinet met today.", "A goal in the last minute.", "The cabinet met today.", "ministers, here " * 9]
 
 
 class Counting:
@@ -116,6 +111,7 @@ def test_damaged_cache(tmp_path, noise, at, cut):
     try:
         found = embed(TEXTS, Counting(), tmp_path)
     except ValueError as error:
-        assert path.name in str(error)
+        if path.name not in str(error):
+            raise
     else:
         assert found.shape[0] == wanted.shape[0] and bool(found.isfinite().all())
