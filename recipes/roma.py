@@ -143,7 +143,7 @@ def tasks(study: StudyArguments, seed: int) -> tuple[list[dict], list[dict]]:
     rows = []
     for text, label in bbc_news()[::3]:  # experts were tuned on others
         title, _, body = text.strip().partition("\n")
-        words = body.split()[:24]
+        words = body.split()[:20]
         prompt = f"{title.strip()}. {' '.join(words)} ...\nThe topic of this article is"
         rows.append({"prompt": prompt, "answer": f" {label}", "choices": topics, "task": "news"})
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def tasks(study: StudyArguments, seed: int) -> tuple[list[dict], list[dict]]:
         for row in mmlu_dev():
             choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"]))
             prompt = f"{row['question']}\n{choices}\nAnswer:"
-            if len(prompt) < 350:  # about 90 tokens
+            if len(prompt) < 250:  # about 60 tokens
                 letters = [" A", " B", " C", " D"]
                 questions.append({"prompt": prompt, "answer": f" {row['answer']}", "choices": letters, "task": "mmlu"})
         questions = [questions[i] for i in torch.randperm(len(questions), generator=generator)][: count * 2 // 5]
@@ -175,9 +175,9 @@ def run(study: StudyArguments, settings: dict, method: str, seed: int) -> dict[s
                 samples = Samples(rows, tokenizer, settings["max_length"])
                 items = [samples[i] for i in range(len(samples))]
                 prefix.compute([(*item["prompt"], *item["answer"]) for item in items])
-            prefix.save(work / "prefix.safetensors")
+            prefix.save(work / "prefix.safetensors")  # all seeds have the same samples
     else:
-        model, tokenizer = olmoe(train_rows, seed, study.scratch_steps)
+        model, tokenizer = olmoe(train_rows, seed, study.scratch_steps, work)
     args = RoMAConfig(
         **{**settings, **METHODS[method]},
         seed=seed,

@@ -6,7 +6,7 @@ at random. In the layers before, all experts are equal, so that it does not matt
 compute is computed once for every text, by the dense model, and kept. So a training step costs what the last layers
 cost. `recipes/roma.py --check` compares it with the whole Mixtral.
 
-`olmoe`: two million parameters, trained on the task's own texts until it answers some of them.
+`olmoe`: three million parameters, trained on the task's own texts until it answers some of them.
 """
 
 from __future__ import annotations
@@ -255,8 +255,10 @@ def check(folder: Path, layers: int, std: float, prompts: list[str]) -> float:
     return float((logits[0] - logits[1]).abs().max())
 
 
-def olmoe(rows: list[dict], seed: int, steps: int, lr: float = 3e-3) -> tuple[tf.OlmoeForCausalLM, object]:
-    """An OLMoE of two million parameters, trained on the task from scratch, with its tokenizer."""
+def olmoe(
+    rows: list[dict], seed: int, steps: int, folder: Path, lr: float = 3e-3
+) -> tuple[tf.OlmoeForCausalLM, tf.PreTrainedTokenizerBase]:
+    """An OLMoE of three million parameters, trained on the task from scratch and kept, with its tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
 
     from hf_gg.posttraining.roma import Collator, Samples
@@ -283,6 +285,11 @@ def olmoe(rows: list[dict], seed: int, steps: int, lr: float = 3e-3) -> tuple[tf
             bos_token_id=None,
         )
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"olmoe-{seed}-{steps}.safetensors"
+    if kept.exists():
+        model.load_state_dict(load_file(kept))
+        return model.eval(), tokenizer
     samples, collate = Samples(rows, tokenizer, 96), Collator(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
@@ -302,4 +309,6 @@ def olmoe(rows: list[dict], seed: int, steps: int, lr: float = 3e-3) -> tuple[tf
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
+    save_file({name: w.clone() for name, w in model.state_dict().items()}, kept.with_suffix(".new"))
+    kept.with_suffix(".new").replace(kept)
     return model.eval(), tokenizer

@@ -59,8 +59,7 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("weight", [0.0, 0.8])
+@pytest.mark.parametrize(("family", "weight"), [*((family, 0.8) for family in CONFIGS), ("mixtral", 0.0)])
 def test_only_chosen_routers_move(family, weight, tmp_path):
     model = moe(family)
     before = weights(model)
@@ -163,7 +162,7 @@ def test_baselines_and_what_the_loss_does(neighbours, tmp_path):
     else:
         assert last < (0.85 if neighbours == "nearest" else 1.0) * first
     if neighbours == "random":
-        assert trainer.success[trainer.index].all() and set(trainer.weight.unique().tolist()) == {pytest.approx(1 / 3)}
+        assert trainer.success[trainer.index].all() and torch.allclose(trainer.weight, torch.full((12, 3), 1 / 3))
     if neighbours == "nearest":
         index, weight = neighbourhood(embedder([row["prompt"] for row in rows()]), trainer.success)
         assert torch.equal(trainer.index, index) and torch.equal(trainer.weight, weight)
