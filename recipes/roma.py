@@ -139,13 +139,7 @@ def read_arguments(arguments: list[str]) -> tuple[StudyArguments, dict]:
 
 def tasks(study: StudyArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Samples to train on and held out; the pool is the same for all seeds."""
-    topics = [" business", " entertainment", " politics", " sports", " tech"]
-    rows = []
-    for text, label in bbc_news()[::3]:  # experts were tuned on others
-        title, _, body = text.strip().partition("\n")
-        words = body.split()[:20]
-        prompt = f"{title.strip()}. {' '.join(words)} ...\nThe topic of this article is"
-        rows.append({"prompt": prompt, "answer": f" {label}", "choices": topics, "task": "news"})
+    rows = topic_questions(bbc_news()[::3])  # experts were tuned on others
     generator = torch.Generator().manual_seed(0)
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)]
     count = study.train_samples + study.test_samples
@@ -164,6 +158,18 @@ def tasks(study: StudyArguments, seed: int) -> tuple[list[dict], list[dict]]:
     return [rows[i] for i in order[: study.train_samples]], [rows[i] for i in order[study.train_samples :]]
 
 
+def topic_questions(articles: list[tuple[str, str]]) -> list[dict]:
+    """What an article is about, from its title and first words."""
+    topics = [" business", " entertainment", " politics", " sports", " tech"]
+    rows = []
+    for text, label in articles:
+        title, _, body = text.strip().partition("\n")
+        words = body.split()[:20]
+        prompt = f"{title.strip()}. {' '.join(words)} ...\nThe topic of this article is"
+        rows.append({"prompt": prompt, "answer": f" {label}", "choices": topics, "task": "news"})
+    return rows
+
+
 def run(study: StudyArguments, settings: dict, method: str, seed: int) -> dict[str, str]:
     """One method with one seed: its row of the table."""
     train_rows, test_rows = tasks(study, seed)
@@ -177,7 +183,9 @@ def run(study: StudyArguments, settings: dict, method: str, seed: int) -> dict[s
                 prefix.compute([(*item["prompt"], *item["answer"]) for item in items])
             prefix.save(work / "prefix.safetensors")  # all seeds have the same samples
     else:
-        model, tokenizer = olmoe(train_rows, seed, study.scratch_steps, work)
+        model, tokenizer = olmoe(
+            topic_questions([*bbc_news()[1::3], *bbc_news()[2::3]]), seed, study.scratch_steps, work
+        )
     args = RoMAConfig(
         **{**settings, **METHODS[method]},
         seed=seed,

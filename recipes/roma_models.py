@@ -6,11 +6,13 @@ at random. In the layers before, all experts are equal, so that it does not matt
 compute is computed once for every text, by the dense model, and kept. So a training step costs what the last layers
 cost. `recipes/roma.py --check` compares it with the whole Mixtral.
 
-`olmoe`: three million parameters, trained on the task's own texts until it answers some of them.
+`olmoe`: three million parameters, trained on the task's other texts until it answers some questions.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -215,17 +217,26 @@ def set_routers(model: tf.MixtralForCausalLM, seed: int, std: float) -> None:
         gate.copy_(torch.randn(gate.shape, generator=generator) * std)
 
 
-def upcycled(folder: Path, layers: int, seed: int, std: float) -> tuple[Tail, Prefix, tf.PreTrainedTokenizerBase]:
-    """The last layers with experts, over the kept hidden states of the others."""
+@functools.cache
+def parts(folder: Path, layers: int) -> tuple[tf.MixtralConfig, dict, Prefix, tf.PreTrainedTokenizerBase]:
+    """What all upcycled models of a process share."""
     dense, tokenizer = smollm2()
     experts = [{}, *(load_file(folder / f"{name}.safetensors") for name in DOMAINS[1:])]
-    model = Tail(mixtral_config(dense.config, layers))
-    model.load_state_dict(mixtral_state(tail_state(dense, layers), experts, layers), strict=False)
-    model.tie_weights()
-    set_routers(model, seed, std)
+    config = mixtral_config(dense.config, layers)
+    state = mixtral_state(tail_state(dense, layers), experts, layers)
     prefix = Prefix(dense, layers)
     if (folder / "prefix.safetensors").exists():
         prefix.load(folder / "prefix.safetensors")
+    return config, state, prefix, tokenizer
+
+
+def upcycled(folder: Path, layers: int, seed: int, std: float) -> tuple[Tail, Prefix, tf.PreTrainedTokenizerBase]:
+    """The last layers with experts, over the kept hidden states of the others."""
+    config, state, prefix, tokenizer = parts(folder, layers)
+    model = Tail(copy.deepcopy(config))
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    set_routers(model, seed, std)
     model.prefix = [prefix]
     return model.eval(), prefix, tokenizer
 
@@ -258,7 +269,7 @@ def check(folder: Path, layers: int, std: float, prompts: list[str]) -> float:
 def olmoe(
     rows: list[dict], seed: int, steps: int, folder: Path, lr: float = 3e-3
 ) -> tuple[tf.OlmoeForCausalLM, tf.PreTrainedTokenizerBase]:
-    """An OLMoE of three million parameters, trained on the task from scratch and kept, with its tokenizer."""
+    """An OLMoE of three million parameters, trained on such questions from scratch and kept, with its tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
 
     from hf_gg.posttraining.roma import Collator, Samples

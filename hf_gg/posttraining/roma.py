@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapter import RouterAdapter, router_parameters, write
 from .config import RoMAConfig
@@ -247,7 +248,7 @@ class RoMATrainer(Trainer):
         adapter = RouterAdapter.from_model(self.model, self.routers, self.args.settings())  # gathers, in each process
         if self.args.should_save:
             adapter.save_pretrained(folder)
-            if _internal_call and self.ready:
+            if self.ready and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 aside = folder / f".{STATE}"
                 save_file(self._state(), aside)
                 aside.replace(folder / STATE)

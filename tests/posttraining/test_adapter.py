@@ -155,6 +155,15 @@ for name in ("user/tiny-roma", "user/tiny-roma-too"):
     loaded = RouterAdapter.from_pretrained(name)
     assert loaded.weights.keys() == adapter.weights.keys()
     assert all(torch.equal(w, adapter.weights[key]) for key, w in loaded.weights.items())
+from moe import embedder, rows, tokenizer
+from hf_gg import RoMAConfig, RoMATrainer
+args = RoMAConfig("trained-roma", push_to_hub=True, max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+trainer = RoMATrainer(model, args, rows(), processing_class=tokenizer(), embedder=embedder)
+trainer.train()
+trainer.push_to_hub()
+loaded = RouterAdapter.from_pretrained("user/trained-roma")
+now = dict(model.named_parameters())
+assert all(torch.equal(w, now[key]) for key, w in loaded.weights.items()) and len(loaded.weights) == 3
 """
 
 
@@ -166,4 +175,6 @@ def test_push_and_load_by_name(tmp_path):
             [sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
         )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert {CONFIG, WEIGHTS} <= set(hub.files["user/tiny-roma"])
+    assert {CONFIG, WEIGHTS} == set(hub.files["user/tiny-roma"]) - {".gitattributes"}
+    trained = set(hub.files["user/trained-roma"])
+    assert {CONFIG, WEIGHTS, "tokenizer.json"} <= trained and not any("roma_state" in name for name in trained)
