@@ -71,7 +71,8 @@ class RoMATrainer(Trainer):
     """A `Trainer` that trains the chosen routers of a model and nothing else.
 
     When a training begins, it asks the base model for the answers, embeds the prompts, looks for neighbours and takes
-    the snapshot of their routing. A checkpoint holds the router weights and these, so that it resumes to the bit.
+    the snapshot of their routing; without a manifold weight, it does not. A checkpoint holds the router weights and
+    these, so that it resumes to the bit.
 
     Args:
         model: a causal language model with experts; all but the chosen routers is frozen, so it may be quantized.
@@ -319,6 +320,8 @@ class RoMATrainer(Trainer):
         """Router weights, neighbours and snapshot of a checkpoint."""
         folder = Path(resume_from_checkpoint)
         self._load_routers(folder)
+        if not self.args.manifold_weight and not (folder / STATE).exists():
+            return
         try:
             state = load_file(folder / STATE)
         except (OSError, SafetensorError) as error:
@@ -349,10 +352,11 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._logged = state.global_step
-        self.trainer.prepare()
+        if args.manifold_weight:
+            self.trainer.prepare()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.refresh_steps and state.global_step % args.refresh_steps == 0:
+        if args.refresh_steps and self.trainer.ready and state.global_step % args.refresh_steps == 0:
             self.trainer._refresh()
 
 

@@ -332,6 +332,19 @@ def test_inference_is_what_it_was(tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_routers_without_the_term_need_no_success(tmp_path):
+    """Plain router tuning, to be resumed as well."""
+    data = [{**row, "success": False} for row in rows()]
+    options = {"manifold_weight": 0.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = moe("olmoe"), moe("olmoe")
+    trainer = trainer_of(whole, tmp_path / "whole", data, **options)
+    trainer.train()
+    assert not trainer.ready and "manifold_loss" not in trainer.state.log_history[0]
+    folder = tmp_path / "whole" / "checkpoint-2"
+    trainer_of(resumed, tmp_path / "resumed", data, **options).train(resume_from_checkpoint=str(folder))
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(whole).items())
+
+
 def test_success_decides_who_is_a_neighbour(tmp_path):
     data = [{**row, "success": i < 6} for i, row in enumerate(rows())]
     trainer = trainer_of(moe(), tmp_path, data)
