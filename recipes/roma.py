@@ -65,7 +65,9 @@ COLUMNS = ("model", "method", "seed", *FIGURES, "successes", "seconds")
 class StudyArguments:
     model: str = field(default="upcycled", metadata={"help": "upcycled or olmoe"})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "which to run"})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of routers, samples and their order"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "of samples, their order, and poor routers"}
+    )
     train_samples: int = field(default=200, metadata={"help": "samples to train on"})
     test_samples: int = field(default=200, metadata={"help": "samples held out"})
     depth: int = field(default=5, metadata={"help": "layers with experts in the upcycled model"})
@@ -183,9 +185,8 @@ def run(study: StudyArguments, settings: dict, method: str, seed: int) -> dict[s
                 prefix.compute([(*item["prompt"], *item["answer"]) for item in items])
             prefix.save(work / "prefix.safetensors")  # all seeds have the same samples
     else:
-        model, tokenizer = olmoe(
-            topic_questions([*bbc_news()[1::3], *bbc_news()[2::3]]), seed, study.scratch_steps, work
-        )
+        others = topic_questions([*bbc_news()[1::3], *bbc_news()[2::3]])
+        model, tokenizer = olmoe(others, 0, study.scratch_steps, work)  # the same for all seeds
     args = RoMAConfig(
         **{**settings, **METHODS[method]},
         seed=seed,
