@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 
-Reward = Callable[..., Sequence[float | None]]
+Reward = Callable[..., Any]  # list[float | None]
 Completion = str | list[dict[str, Any]]
 
 # Longer ones are no answers, and arithmetic with them takes for ever.
