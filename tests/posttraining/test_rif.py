@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from policies import WORDS, Scripted, is_right, llama, tokenizer
+from policies import WORDS, Scripted, is_right, llama, tokenizer, vision_language
 
 from hf_gg import GGConfig, quantize_
 from hf_gg.posttraining.rif import AllDropped, Sampling, filter_by_rollouts, keep_mask, number_match, roll_out
@@ -385,3 +385,35 @@ def test_vllm(monkeypatch):
     with pytest.raises(ValueError, match="context of 64"):
         filter_by_rollouts(LLM(), tokenizer(), scripted_data(rights), is_right, max_new_tokens=64)
     assert np.array_equal(report.kept, [1, 2, 3])
+
+
+# --- images ---
+
+
+def test_prompts_with_images():
+    """A tiny Qwen2.5-VL: batches of images of several sizes give what one by one gives."""
+    from PIL import Image
+
+    model, processor = vision_language()
+    noise = np.random.default_rng(0)
+    images = [Image.fromarray(noise.integers(0, 255, (16 + 8 * k, 16, 3), dtype=np.uint8)) for k in range(4)]
+    prompt = "<|vision_start|><|image_pad|><|vision_end|> {} + 2 ="
+    data = Dataset.from_dict({"prompt": [prompt.format(k) for k in range(4)], "image": images, "answer": [*"1234"]})
+    prompts = Prompts(processor, data["prompt"][:], [[image] for image in images])
+    assert [len(ids) for ids in prompts.ids] == [4 + 2 + 4 + 2 * k for k in range(4)]
+    sampling = Sampling(n=1, temperature=0, max_new_tokens=5)
+    [(batch, found, _)] = generate(model, prompts, plan([len(ids) for ids in prompts.ids], sampling), sampling)
+    for place, completions in zip(batch.prompts, found):
+        alone = processor(text=[data["prompt"][place]], images=[[images[place]]], return_tensors="pt")
+        made = model.generate(**alone, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        made = made[0, alone["input_ids"].shape[1] :]
+        assert completions == [processor.tokenizer.decode(made, skip_special_tokens=True)]
+
+    def long(completions, image, **_):
+        assert all(value.size[0] == 16 for value in image)
+        return [float(len(text) % 2) for text in completions]
+
+    kept, report = filter_by_rollouts(
+        model, processor, data, long, n=4, min_correct=0, max_new_tokens=5, batch_tokens=150
+    )
+    assert len(kept) == 4 and 0 < report.accuracy < 1
