@@ -180,13 +180,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
     smoke = parser.parse_args().smoke
-    if smoke:
-        rows = [*steps(64, 6, 32, 4, 2), search(2000, 32, 0.5)]
-    else:
-        rows = [search(50_000, 384, 0.5), search(50_000, 384, 1.0)]
-        rows += steps(256, 8, 128, 8, 7) + steps(512, 8, 64, 4, 7)
-    for row in rows:
-        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    rows: list[dict] = []
+    for part in (
+        (lambda: steps(64, 6, 32, 4, 2), lambda: [search(2000, 32, 0.5)])
+        if smoke
+        else (
+            lambda: steps(256, 8, 128, 8, 5),
+            lambda: steps(512, 8, 64, 4, 5),
+            lambda: [search(50_000, 384, 0.5)],
+            lambda: [search(50_000, 384, 1.0)],
+        )
+    ):
+        for row in part():
+            rows.append(row)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if not smoke:
         print(write_csv("roma", rows))
 
