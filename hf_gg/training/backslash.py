@@ -232,14 +232,19 @@ class BackSlash:
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 
-    def check_finite(self) -> None:
-        """Raise a `ValueError` that names the tensor if a weight is NaN or infinite. Every process must call it."""
-        table = torch.zeros(len(self.parts), 1, dtype=torch.float64)
-        for index, part in enumerate(self.parts):
+    def check_finite(self, others: Sequence[Part] = ()) -> None:
+        """Raise a `ValueError` that names the tensor if a weight is NaN or infinite. Every process must call it.
+
+        Args:
+            others: parts that the penalty does not act on, to be looked at too, and first.
+        """
+        parts = [*others, *self.parts]
+        table = torch.zeros(len(parts), 1, dtype=torch.float64)
+        for index, part in enumerate(parts):
             local = part.local()
             for block in blocks(local) if local is not None else ():
                 table[index] += block.sum(dtype=torch.float32).cpu()
-        self._check_finite(self.parts, sum_over_processes(table, self.parts)[:, 0])
+        self._check_finite(parts, sum_over_processes(table, parts)[:, 0])
 
     def state_dict(self) -> dict[str, Any]:
         """Steps made and the last estimates, as numbers that JSON keeps exactly."""

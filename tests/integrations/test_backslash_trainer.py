@@ -323,6 +323,16 @@ def test_training_that_fails_keeps_the_last_good_checkpoint(tmp_path):
         trained(tmp_path / "b", [Break(), BackSlashCallback(1.0)], save_strategy="steps", save_steps=2)
     assert not list((tmp_path / "b").glob("checkpoint-*"))
 
+    class PoisonNorm(TrainerCallback):  # what the penalty does not act on
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.model.norm.weight.grad[0] = math.nan
+
+    for changes in ({"save_strategy": "steps", "save_steps": 2}, {"max_steps": 4}):
+        with pytest.raises(ValueError, match=r"model\.norm\.weight has weights that are NaN"):
+            trained(tmp_path / "c", [PoisonNorm(), BackSlashCallback(1.0)], max_grad_norm=0, **changes)
+    assert [path.name for path in (tmp_path / "c").glob("checkpoint-*")] == ["checkpoint-2"]
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
