@@ -88,6 +88,12 @@ class BackSlashCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Choose the parameters and follow the innermost optimizer."""
+        cooldown = _steps(self.cooldown, state.max_steps)
+        if cooldown >= state.max_steps and self.settings["lambda_"] != 0:
+            raise ValueError(
+                f"cooldown={self.cooldown:g} leaves out the penalty in all of the {state.max_steps} steps: give fewer "
+                "steps, or a share below 1."
+            )
         if self.backslash is not None:  # a training that was broken off
             self.backslash.detach()
         self.backslash = self._build(model, optimizer)
@@ -141,8 +147,10 @@ class BackSlashCallback(TrainerCallback, ExportableState):
     def metrics(self) -> dict[str, float]:
         """What is logged. On several processes, each must call it."""
         penalty = self.backslash
-        if penalty is None or not penalty.fits:
+        if penalty is None:
             return {}
+        if not penalty.fits:  # λ is zero, for comparison
+            penalty.estimate()
         rates = penalty.measure(self.grid)
         total = Rate.of(rates.values())
         found = {

@@ -350,6 +350,18 @@ def test_bad_settings(settings, message):
         BackSlashCallback(**settings)
 
 
+def test_a_cooldown_of_the_whole_training(tmp_path):
+    with pytest.raises(ValueError, match="cooldown=50 leaves out the penalty in all of the 8 steps"):
+        trained(tmp_path, [BackSlashCallback(cooldown=50)], max_steps=8)
+
+
+def test_without_a_penalty_the_weights_are_measured(tmp_path):
+    log = trained(tmp_path, [BackSlashCallback(0)], max_steps=4, logging_steps=2).state.log_history[0]
+    plain = trained(tmp_path, [], max_steps=4, logging_steps=2)
+    assert log["backslash/bits"] > 1 and log["backslash/step"] == 0
+    assert log["loss"] == plain.state.log_history[0]["loss"]
+
+
 def test_bad_modules(tmp_path):
     with pytest.raises(ValueError, match="'qkv' matches no module of LlamaForCausalLM"):
         trained(tmp_path, [BackSlashCallback(modules="qkv")])
