@@ -21,7 +21,7 @@ from test_backslash_trainer import TOKENS, ByHand, arguments, tiny_llama, traine
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_gg import BackSlash, BackSlashCallback, BackSlashConfig
+from hf_gg import BackSlash, BackSlashCallback, BackSlashConfig, quantize_
 from hf_gg.coding.levels import is_levels
 from hf_gg.data import minilm
 from hf_gg.integrations.peft import MergeWarning
@@ -121,7 +121,8 @@ def test_an_embedding_is_saved_as_its_change_alone(tmp_path):
     base = tiny_llama().eval()
     model = filled(wrapped(copy.deepcopy(base), target_modules=["embed_tokens", "q_proj"]))
     model.save_pretrained(tmp_path)
-    assert all(name.endswith("backslash_delta") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    stored = set(load_file(tmp_path / "adapter_model.safetensors")) - {"backslash_base"}
+    assert stored and all(name.endswith("backslash_delta") for name in stored)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))), logits(model))
 
 
@@ -231,6 +232,7 @@ def test_after_training_the_model_is_what_its_file_holds(tmp_path):
         assert torch.equal((delta / 2**-11).round() * 2**-11, delta), name
     trainer.save_model(str(tmp_path / "b"))
     stored = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert stored.pop("backslash_base").shape == (14, 64)
     assert all(is_levels(value) for value in stored.values()) and len(stored) == 14
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "b"))
     assert torch.equal(logits(loaded), logits(trainer.model.eval()))
@@ -436,6 +438,7 @@ def test_codings(tmp_path, coding):
     model = filled(wrapped(copy.deepcopy(base), coding=coding))
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert stored.pop("backslash_base").shape == (14, 64)
     assert len(stored) == 14 and all(is_levels(v) == (coding != "none") for v in stored.values())
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
     assert same(deltas(model), deltas(loaded))
@@ -677,3 +680,45 @@ def test_a_callback_of_the_users_keeps_its_names(tmp_path):
     trainer = trained(tmp_path, [BackSlashCallback(0.3, modules="backslash_delta")], model=wrapped(), logging_steps=2)
     names = {name.split("/")[0] for entry in trainer.state.log_history for name in entry if "/" in name}
     assert "backslash" in names and "backslash_2" not in names
+
+
+def test_a_base_model_with_other_weights(tmp_path):
+    """The same names and shapes: what tells it apart is a few numbers of each matrix."""
+    base = tiny_llama().eval()
+    model = filled(wrapped(copy.deepcopy(base)))
+    before = logits(model)
+    model.save_pretrained(tmp_path / "a")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    other = type(base)(base.config)
+    for parameter in other.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    for name in ("a", "merged"):
+        with pytest.raises(ValueError, match="weights are not those that the adapter was .*another base model"):
+            peft.PeftModel.from_pretrained(copy.deepcopy(other), str(tmp_path / name))
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / name))
+        torch.testing.assert_close(logits(again), before)
+    # a quantized or a somewhat tuned base is the same model
+    near = copy.deepcopy(base)
+    for parameter in near.parameters():
+        parameter.data += 0.3 * parameter.data.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    for known in (near, quantize_(copy.deepcopy(base)), copy.deepcopy(base).bfloat16()):
+        peft.PeftModel.from_pretrained(known, str(tmp_path / "a"))
+    # files without the numbers, as they were before, load; damaged ones do not
+    content = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    probe = content.pop("backslash_base")
+    assert probe.dtype == torch.bfloat16 and probe.shape[1] == 64
+    for damaged, message in (
+        (None, ""),
+        (probe[1:], "damaged"),
+        (probe.to(torch.int16), "damaged"),
+        (-probe, "another"),
+    ):
+        extra = {} if damaged is None else {"backslash_base": damaged.contiguous()}
+        save_file(content | extra, tmp_path / "a" / "adapter_model.safetensors")
+        if damaged is None:
+            peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
+            continue
+        with pytest.raises(ValueError, match=message):
+            peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))

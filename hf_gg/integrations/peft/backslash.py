@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..coded import check_coding
 from .adapter_files import check_finite, decoded, encoded
+from .base_probe import KEY, check_probe, probe
 from .methods import MatrixConfig, MatrixLayer, MatrixTuner, add_type, bare, layers_of, other_model
 from .penalty_hook import follow
 
@@ -185,7 +186,10 @@ class BackSlashModel(MatrixTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        names = {f"{name}.backslash_delta.{adapter_name}" for name in layers_of(model, BackSlashLayer, adapter_name)}
+        layers = layers_of(model, BackSlashLayer, adapter_name)
+        names = {f"{name}.backslash_delta.{adapter_name}" for name in layers}
+        if layers:
+            found = {**found, KEY: probe(layers)}
         if getattr(config, "saves_exactly", False) or config.grid is None:
             check_finite(found, names)
             return found
@@ -201,7 +205,10 @@ class BackSlashModel(MatrixTuner):
                 where = "the adapter's file, but not in the model" if name in given else "the model only"
                 raise other_model(f"{name.removesuffix('.backslash_delta')} is a target in {where}")
         result = dict(state_dict)
+        stored = [result.pop(key) for key in state_dict if bare(key) == KEY]
         for name, key in given.items():
             layer = wanted[name]
             result[key] = decoded(state_dict[key], name, (layer.rows, layer.columns))
+        for numbers in stored:
+            check_probe(numbers, layers)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, result)
