@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .integrations.transformers import quantize_ as quantize_
     from .nn import RF8Experts as RF8Experts
     from .nn import RF8Linear as RF8Linear
+    from .posttraining.adapter import RouterAdapter as RouterAdapter
+    from .posttraining.config import RoMAConfig as RoMAConfig
+    from .posttraining.roma import RoMATrainer as RoMATrainer
     from .training.backslash import BackSlash as BackSlash
     from .training.deepshape import deepshape_ as deepshape_
     from .training.initialization import GGInit as GGInit
@@ -36,6 +39,9 @@ __all__ = [
     "GGInit",
     "RF8Experts",
     "RF8Linear",
+    "RoMAConfig",
+    "RoMATrainer",
+    "RouterAdapter",
     "__version__",
     "deepshape_",
     "get_format",
@@ -55,6 +61,9 @@ _HOME = {
     "GGInit": "hf_gg.training.initialization",
     "RF8Experts": "hf_gg.nn",
     "RF8Linear": "hf_gg.nn",
+    "RoMAConfig": "hf_gg.posttraining.config",
+    "RoMATrainer": "hf_gg.posttraining.roma",
+    "RouterAdapter": "hf_gg.posttraining.adapter",
     "deepshape_": "hf_gg.training.deepshape",
     "get_format": "hf_gg.formats",
     "ggd": "hf_gg",

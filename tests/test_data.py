@@ -70,3 +70,14 @@ def test_other_package_of_the_same_name(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(FileNotFoundError, match="microformer-mgm"):
         data.mgm_gpt2()
+
+
+def test_mmlu_dev():
+    pytest.importorskip("lm_eval")
+    found = data.mmlu_dev()
+    assert 270 <= len(found) <= 285
+    assert len({row["subject"] for row in found}) == 57
+    assert all(len(row["choices"]) == 4 and row["answer"] in "ABCD" and row["question"] for row in found)
+    algebra = found[1]
+    assert algebra["subject"] == "abstract_algebra" and algebra["answer"] == "A"
+    assert algebra["choices"] == ["0", "3", "12", "30"]

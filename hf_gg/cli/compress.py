@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name on the hub, folder, GGUF file; bare weights for a grid")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--target-bits", type=float, metavar="B", help="bits a quantized weight on average, all counted")
+    how.add_argument(
+        "--target-bits", type=float, metavar="B", help="bits a quantized weight on average: entropy, steps, outliers"
+    )
     how.add_argument("--target-snr", type=float, metavar="DB", help="signal to quantization noise")
     how.add_argument("--lossless-grid", type=step, metavar="STEP", help="2^-13, 1/8192 or 0.0001220703125")
     parser.add_argument("--format", help="weight format: rf8 (default), rf8x, rf8-e5, grid (default with a target)")
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     import transformers
+    from safetensors import SafetensorError
 
     from ..integrations import folders
 
@@ -64,11 +67,14 @@ def run(args: argparse.Namespace) -> int | None:
         transformers.logging.disable_progress_bar()
     source = folders.find(args.model)
     rounded: dict[str, float] = {}
-    with folders.new_folder(args.out, args.overwrite) as target:
-        if args.lossless_grid is not None:
-            rows, rounded = _on_grid(args, source, target)
-        else:
-            rows = _quantized(args, source, target)
+    try:
+        with folders.new_folder(args.out, args.overwrite) as target:
+            if args.lossless_grid is not None:
+                rows, rounded = _on_grid(args, source, target)
+            else:
+                rows = _quantized(args, source, target)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{args.out} was not written, and what was there is as it was: {error}.") from error
     for name in sorted(rounded, key=lambda key: -rounded[key])[:5]:
         print(f"{name} was rounded to the grid: changed by {rounded[name]:.3g} at most.", file=sys.stderr)
     table = summary(rows)

@@ -227,7 +227,7 @@ def _check_reserved(
 
 def frequencies_of(header: Header) -> np.ndarray:
     """The frequencies of a RANS payload, int64 [256]; `ValueError` says what is wrong."""
-    read = models.read_table if header.model == TABLE else ggd_model.read_frequencies
+    read = _backend().read_table if header.model == TABLE else ggd_model.read_frequencies
     return read(header.parameters, header.bits)
 
 
@@ -245,26 +245,29 @@ def _layout(count: int) -> tuple[int, int]:
 
 
 def _encode_rans(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:
-    header.model, header.bits, header.parameters = _choose_model(counts)
+    header.model, header.bits, header.parameters, frequencies = _choose_model(counts)
     states, header.lengths, words = _backend().rans_encode(
-        symbols, header.chunk, header.lanes, frequencies_of(header), header.bits, threads
+        symbols, header.chunk, header.lanes, frequencies, header.bits, threads
     )
     return [states.view(np.uint8).reshape(-1), words]
 
 
-def _choose_model(counts: np.ndarray) -> tuple[int, int, bytes]:
-    """Model, precision and parameters with the smallest total; the quicker precision where they differ little."""
+def _choose_model(counts: np.ndarray) -> tuple[int, int, bytes, np.ndarray]:
+    """Model, precision, parameters and frequencies of the smallest total; the quicker ones where that costs little."""
     total, entropy = int(counts.sum()), models.entropy_of_counts(counts)
-    found: list[tuple[float, int, int, bytes]] = []
+    found: list[tuple[float, int, int, bytes, np.ndarray]] = []
 
     def add(model: int, bits: int, parameters: bytes, frequencies: np.ndarray) -> float:
         size = models.cost(counts, frequencies, bits) + 8 * len(parameters)
-        found.append((size * PRECISIONS[bits], model, bits, parameters))
+        found.append((size * PRECISIONS[bits], model, bits, parameters, frequencies))
         return size
+
+    def best() -> tuple[float, int, int, bytes, np.ndarray]:
+        return min(found, key=lambda choice: choice[:3])
 
     fitted = None
     for bits, handicap in PRECISIONS.items():
-        if found and min(found)[0] <= handicap * entropy * total:
+        if found and best()[0] <= handicap * entropy * total:
             break  # not even a perfect model would make up for it
         stored = models.normalize(counts, bits)
         size = add(TABLE, bits, models.write_table(stored, bits), stored)
@@ -272,7 +275,7 @@ def _choose_model(counts: np.ndarray) -> tuple[int, int, bytes]:
             fitted = ggd_model.fit(counts, size / total - entropy)
         if fitted is not None:
             add(GGD, bits, fitted, ggd_model.read_frequencies(fitted, bits))
-    return min(found)[1:]
+    return best()[1:]
 
 
 def _encode_golomb(symbols: np.ndarray, counts: np.ndarray, header: Header, threads: int) -> list[np.ndarray]:

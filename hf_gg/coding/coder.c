@@ -10,6 +10,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { LOWEST = 1 << 16, MOST_LANES = 32, MOST_ORDER = 8, MOST_CODE = 17 };
+static const int64_t WRONG_FREQUENCY = (int64_t)1 << 40;
 static const uint32_t FNV_OFFSET = 2166136261u, FNV_PRIME = 16777619u;
 
 /* Symbols of a chunk: the last one may be shorter. Every function works on chunks [begin, end). */
@@ -213,6 +214,45 @@ EXPORT int64_t hf_gg_coder_isa(void) {
 
 /* `states` are those of all chunks, little-endian and not aligned; `ends` are the ends of the chunks' words in bytes.
    Returns the first damaged chunk, or -1. */
+/* A stored table of frequencies, as models.read_table reads it. 0, or what is wrong: 1 it is cut short, 2 it is longer
+   than its symbols, WRONG_FREQUENCY + n a frequency of n bits. */
+EXPORT int64_t hf_gg_rans_read_table(const uint8_t *data, int64_t size, int64_t bits, int64_t *frequencies) {
+  int64_t end = 8 * size, at = 8, before = bits - 2;
+  memset(frequencies, 0, 256 * sizeof *frequencies);
+  if (size < 1) return 1;
+#define NEXT (at < end ? data[at >> 3] >> (7 - (at & 7)) & 1 : 0)
+  for (int position = 0; position <= data[0]; position++) {
+    int used = NEXT;
+    if (at++ >= end) return 1;
+    if (!used) continue;
+    int64_t step = 0;
+    while (NEXT) step++, at++;
+    at++; /* the zero behind the ones */
+    before += step & 1 ? -(step + 1 >> 1) : step >> 1;
+    if (before < 0 || before >= bits) return WRONG_FREQUENCY + before + 1;
+    if (end - at < before) return 1;
+    int64_t value = 1;
+    for (int64_t i = 0; i < before; i++, at++) value = value << 1 | NEXT;
+    frequencies[position >> 1 | (position & 1) << 7] = value;
+  }
+  if (end - at >= 8) return 2;
+  for (; at < end; at++)
+    if (NEXT) return 2;
+#undef NEXT
+  return 0;
+}
+
+/* The symbol of each slot, and of each symbol frequency | start << 16; frequencies have the sum 2^bits. */
+EXPORT void hf_gg_rans_tables(const int64_t *frequencies, uint8_t *slots, uint32_t *table) {
+  uint32_t start = 0;
+  for (int symbol = 0; symbol < 256; symbol++) {
+    uint32_t frequency = (uint32_t)frequencies[symbol];
+    table[symbol] = frequency ? frequency | start << 16 : 0;
+    memset(slots + start, symbol, frequency);
+    start += frequency;
+  }
+}
+
 EXPORT int64_t hf_gg_rans_decode(int64_t isa, const uint8_t *slots, const uint32_t *table, int64_t bits,
                                  const uint8_t *states, const uint8_t *words, const int64_t *ends, int64_t count,
                                  int64_t chunk, int64_t lanes, int64_t begin, int64_t end, uint8_t *out,

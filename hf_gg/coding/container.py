@@ -153,6 +153,8 @@ def _read_body(reader: _Reader, coder: int, model: int, dimensions: int, name: s
     header.checksum = int.from_bytes(reader.take(4), "little")
     if coder == CONSTANT:
         header.symbol = reader.take(1)[0]
+        if header.checksum or (header.symbol and not count):
+            raise ValueError(f"{name}: damaged: a constant tensor of {count} symbols holds what it does not need.")
     else:
         header.bits, header.log2_lanes = reader.take(2)
         header.chunk = reader.varint()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -21,9 +20,12 @@ _POINTS = 8  # of the density in each cell
 _SCALE_STEPS, _SHAPE_STEPS = 1024, 1024  # of log2 α in one octave, and of β
 _LN2 = 0.6931471805599453
 _MOST_MAGNITUDE = 127
-# Of the search, in log2 of the mean and of the shape; and when it may give up, at how many times the margin.
-_STEPS = (0.5, 0.25, 0.25, 0.1, 0.1, 0.05, 0.02)
-_JUDGED, _HOPELESS = 1, 10.0
+# Of the search: nine places around the middle of a step, and the quadratic function of least squares through them.
+_NINE = np.array([(x, y) for x in (-1.0, 0.0, 1.0) for y in (-1.0, 0.0, 1.0)])
+_POWERS = ((1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (0, 0))
+_QUADRATIC = np.linalg.pinv(np.stack([_NINE[:, 0] ** i * _NINE[:, 1] ** j for i, j in _POWERS], 1))
+_FINE = 8  # so many levels next to 0 get all points of the density, the others two
+_ROUNDS, _JUDGED, _HOPELESS = 9, 2, 10.0  # when it ends; when it may give up, at how many times the margin
 
 
 def applies(counts: np.ndarray) -> bool:
@@ -74,56 +76,103 @@ def fit(counts: np.ndarray, margin: float) -> bytes | None:
     folded = counts[:128] + np.append(0, counts[129:])
     magnitude = int(np.flatnonzero(folded)[-1])
     folded = folded[: magnitude + 1] / folded.sum()
-    points = (np.arange(_POINTS * magnitude + 4) + 0.5) / _POINTS
+    occurs = np.flatnonzero(folded)
+    points = _search_points(magnitude)
 
-    def parameters(spread: float, peak: float) -> tuple[int, int]:
-        """Scale and shape in their steps, of a density of mean 2^spread and shape 2^peak."""
-        shape = 2.0**peak
+    def parameters(place: np.ndarray) -> tuple[int, int]:
+        """Scale and shape in their steps, of a density of mean 2^place[0] and shape 2^place[1]."""
+        shape = 2.0 ** float(place[1])
         ratio = (math.lgamma(1 / shape) - math.lgamma(2 / shape) + math.log(_LN2) / shape) / _LN2
-        steps = 32768 + round(_SCALE_STEPS * (spread + ratio)), round(_SHAPE_STEPS * shape)
+        steps = 32768 + round(_SCALE_STEPS * (float(place[0]) + ratio)), round(_SHAPE_STEPS * shape)
         return max(0, min(65535, steps[0])), max(1, min(65535, steps[1]))
 
-    def bits_of(spread: float, peak: float) -> float:
-        """Bits a symbol."""
-        scale, shape = parameters(spread, peak)
-        with np.errstate(over="ignore", under="ignore"):
-            power = (points / 2.0 ** ((scale - 32768) / _SCALE_STEPS)) ** (shape / _SHAPE_STEPS)
-            cells = _cells(np.exp2(-power))
-        total = float(cells[0] + 2 * cells[1:].sum())
+    def bits_of(places: np.ndarray) -> np.ndarray:
+        """Bits a symbol at each place [n, 2]."""
+        scale, shape = np.array([parameters(place) for place in places], np.float64).T[:, :, None]
+        power = np.exp2(np.minimum(shape / _SHAPE_STEPS * (points - (scale - 32768) / _SCALE_STEPS), 10.0))
+        cells = _search_cells(np.exp2(-power), magnitude)
+        total = 2 * cells.sum(1, keepdims=True) - cells[:, :1]
+        some = total > 0
         # nothing gets less than a share when it is rounded to frequencies
-        return -float((folded * np.log2(np.maximum(cells / total, 2.0**-17))).sum()) if total > 0 else math.inf
+        share = np.maximum(cells[:, occurs] / np.where(some, total, 1.0), 2.0**-17)
+        return np.where(some[:, 0], -(np.log2(share) @ folded[occurs]), math.inf)
 
-    mean = float((folded * np.arange(magnitude + 1)).sum())
-    # a smaller start would lie on a plateau, where nothing is left for any level but 0
-    place, least = [math.log2(max(mean, 0.3)), 0.5], entropy_of_counts(counts)
-    best = bits_of(*place)
-    for trial, step in enumerate(_STEPS):
-        for axis in (0, 1):
-            best = _parabola(bits_of, place, axis, step, best)
+    least, middle = entropy_of_counts(counts), _start(folded)
+    step = 0.15 if magnitude > 1 else 0.5
+    best, place = math.inf, middle
+    for trial in range(_ROUNDS):
+        places = middle + step * _NINE
+        values = bits_of(places)
+        if values.min() < best:
+            best, place = float(values.min()), places[values.argmin()]
         if trial == _JUDGED and best - least > _HOPELESS * (margin + 0.001):
             return None
-    scale, shape = parameters(*place)
+        move = _vertex(values)
+        middle = place if move is None else middle + step * move
+        if move is not None and np.abs(move).max() < 1.1:
+            if step < 0.03:
+                break
+            step *= 0.3
+    if bits_of(middle[None])[0] < best:
+        place = middle
+    scale, shape = parameters(place)
     return bytes((magnitude,)) + scale.to_bytes(2, "little") + shape.to_bytes(2, "little")
 
 
-def _parabola(
-    function: Callable[[float, float], float], place: list[float], axis: int, step: float, here: float
-) -> float:
-    """Move `place` along an axis to the least of three values and of the parabola through them; the value there."""
+def _start(folded: np.ndarray) -> np.ndarray:
+    """log2 of mean and shape of the density that has the moments of folded shares; at low rates their share of 0."""
+    levels = np.arange(len(folded))
+    mean = float(folded @ levels)
+    if mean > 0.5:
+        # rounding adds a twelfth to the second moment
+        ratio = math.log2(max(float(folded @ levels**2) - 1 / 12, 1e-9) / mean**2)
+        return np.array([math.log2(mean), np.interp(ratio, *_moment_ratios())])
+    if folded[0] > 0:
+        return np.array([math.log2(-0.5 / math.log(1 - folded[0])), 0.0])
+    return np.zeros(2)
 
-    def at(offset: float) -> float:
-        moved = list(place)
-        moved[axis] += offset
-        return function(*moved)
 
-    found = {0.0: here, -step: at(-step), step: at(step)}
-    bend = found[-step] - 2 * here + found[step]
-    if bend > 0 and math.isfinite(bend):
-        vertex = max(-2.0, min(2.0, (found[-step] - found[step]) / (2 * bend))) * step
-        found.setdefault(vertex, at(vertex))
-    least = min(found, key=lambda offset: found[offset])
-    place[axis] += least
-    return found[least]
+def _vertex(values: np.ndarray) -> np.ndarray | None:
+    """The minimum, in steps and at most two away, of the quadratic function through the values at nine places."""
+    if not np.isfinite(values).all():
+        return None
+    x, y, xx, xy, yy, _ = _QUADRATIC @ values
+    bend = 4 * xx * yy - xy * xy
+    if not (bend > 0 and xx > 0):
+        return None
+    vertex = np.array([xy * y - 2 * yy * x, xy * x - 2 * xx * y]) / bend
+    return vertex / max(1.0, float(np.abs(vertex).max()) / 2)
+
+
+@functools.cache
+def _moment_ratios() -> tuple[np.ndarray, np.ndarray]:
+    """log2 of E[x²] / E[|x|]², rising, and log2 of the shape that has it."""
+    peaks = np.linspace(3.2, -2.5, 120)
+    shapes = (2.0**peaks).tolist()
+    ratios = [math.lgamma(1 / shape) + math.lgamma(3 / shape) - 2 * math.lgamma(2 / shape) for shape in shapes]
+    return np.array(ratios) / _LN2, peaks
+
+
+@functools.cache
+def _search_points(magnitude: int) -> np.ndarray:
+    """log2 of the places at which the search looks at the density; to the bit on no machine but this."""
+    fine = min(magnitude, _FINE)
+    places = (np.arange(_POINTS * fine + 4) + 0.5) / _POINTS
+    return np.log2(np.append(places, fine + 0.5 + (np.arange(2 * (magnitude - fine)) + 0.5) / 2))
+
+
+def _search_cells(density: np.ndarray, magnitude: int) -> np.ndarray:
+    """Sums [n, magnitude + 1] over the cells of densities [n, points]; that of 0 counts twice."""
+    fine = min(magnitude, _FINE)
+    end = _POINTS * fine + 4
+    return np.concatenate(
+        [
+            2 * density[:, :4].sum(1, keepdims=True),
+            density[:, 4:end].reshape(len(density), fine, _POINTS).sum(2),
+            density[:, end:].reshape(len(density), magnitude - fine, 2).sum(2) * (_POINTS / 2),
+        ],
+        axis=1,
+    )
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..native import Lazy, Library
+from . import models
 
 
 # Chunks of a thread's next piece of work: few, to even out the threads' speeds.
@@ -25,6 +26,8 @@ _LIBRARY = Library(
         "hf_gg_coder_isa": ("n", ""),
         "hf_gg_coder_count": ("", "pnp"),
         "hf_gg_coder_hash": ("", "npnnnnnp"),
+        "hf_gg_rans_read_table": ("n", "pnnp"),
+        "hf_gg_rans_tables": ("", "ppp"),
         "hf_gg_rans_decode": ("n", "nppnpppnnnnnpp"),
         "hf_gg_rans_encode": ("", "pnpnnnnnppp"),
         "hf_gg_golomb_decode": ("n", "npnppnnnnnpp"),
@@ -105,8 +108,10 @@ def rans_decode(
 ) -> np.ndarray:
     """See `reference.rans_decode`; `isa_code` chooses an instruction set, the best one for None."""
     best = isa() if isa_code is None else isa_code
-    slots, table = np.zeros((1 << bits) + 3, np.uint8), packed_table(frequencies)
-    slots[: 1 << bits] = np.repeat(np.arange(256, dtype=np.uint8), frequencies)
+    slots, table = np.zeros((1 << bits) + 3, np.uint8), np.empty(256, np.uint32)
+    frequencies = np.ascontiguousarray(frequencies, np.int64)
+    models.check_frequencies(frequencies, bits)
+    _library().hf_gg_rans_tables(frequencies.ctypes.data, slots.ctypes.data, table.ctypes.data)
     ends = np.cumsum(lengths) * 2
     hashes = np.empty((len(lengths), lanes), np.uint32)
 
@@ -197,6 +202,20 @@ def golomb_decode(
 
     _check(_run(len(lengths), threads, work))
     return hashes
+
+
+def read_table(data: bytes, bits: int) -> np.ndarray:
+    """See `models.read_table`."""
+    content, frequencies = np.frombuffer(data, np.uint8), np.empty(256, np.int64)
+    wrong = _library().hf_gg_rans_read_table(content.ctypes.data, len(content), bits, frequencies.ctypes.data)
+    if wrong == 1:
+        raise ValueError(models.CUT_SHORT)
+    if wrong == 2:
+        raise ValueError(models.TOO_LONG)
+    if wrong:
+        raise ValueError(models.WRONG_FREQUENCY.format(wrong - (1 << 40), bits))
+    models.check_frequencies(frequencies, bits)
+    return frequencies
 
 
 def packed_table(frequencies: np.ndarray) -> np.ndarray:

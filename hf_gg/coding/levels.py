@@ -18,8 +18,10 @@ payloads of `hf_gg.coding.encode`, which hold the shape.
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIXED = struct.Struct("<8sBBHd")
 _MAX_MAGNITUDE = 2**31 - 1
 _CHUNK = 2**20
+# Numbers whose first plane takes no bytes, at most, if the reader does not know the shape.
+_MAX_CONSTANT = 2**29
 
 
 def is_levels(payload: torch.Tensor) -> bool:
@@ -141,14 +145,31 @@ def read_levels_header(payload: torch.Tensor, name: str = "tensor") -> tuple[tor
     return dtype, info(payloads[0], name).shape
 
 
-def decode_levels(payload: torch.Tensor, name: str = "tensor", threads: int | None = None) -> torch.Tensor:
+def decode_levels(
+    payload: torch.Tensor,
+    name: str = "tensor",
+    threads: int | None = None,
+    expected_shape: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The tensor that `encode_levels` coded.
 
+    Args:
+        payload: uint8 [bytes].
+        name: of the tensor, for errors.
+        threads: at most so many; torch's number for None.
+        expected_shape: the shape that the result must have.
+
     Raises:
-        ValueError: the payload is damaged.
+        ValueError: the payload is damaged, of another shape, or claims more than 2^29 numbers that are all the same,
+            which only an expected shape can justify.
     """
     dtype, step, payloads = _parse(payload, name)
-    shape = info(payloads[0], name).shape
+    said = info(payloads[0], name)
+    shape = said.shape
+    if expected_shape is not None and shape != tuple(expected_shape):
+        raise ValueError(f"{name} is coded with shape {[*shape]}, expected {[*expected_shape]}.")
+    if expected_shape is None and said.coder == "constant" and math.prod(shape) > _MAX_CONSTANT:
+        raise ValueError(f"{name} claims {math.prod(shape)} numbers without any data: give expected_shape.")
     planes = [decode(part, name, threads, expected_shape=shape).view(-1) for part in payloads]
     result = torch.empty(shape, dtype=dtype)
     for index, out in enumerate(_chunks(result)):
@@ -158,6 +179,8 @@ def decode_levels(payload: torch.Tensor, name: str = "tensor", threads: int | No
             magnitude |= plane[place].long() << (7 + 8 * k)
         numbers = magnitude.double() * step
         out.copy_(torch.where(planes[0][place] > 127, -numbers, numbers))
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(f"{name} is damaged: levels of {step:g} go beyond {dtype}. Download or save it again.")
     return result
 
 

@@ -13,6 +13,10 @@ MIN_BITS, MAX_BITS = 8, 16
 # Symbols by magnitude, a positive one before the negative one: 0, 0x80, 1, 0x81, ...
 ORDER = np.array([position >> 1 | (position & 1) << 7 for position in range(256)], np.uint8)
 
+CUT_SHORT = "the table of frequencies is cut short"
+TOO_LONG = "the table of frequencies is longer than its symbols"
+WRONG_FREQUENCY = "a frequency of {} bits in a table of {}"
+
 
 def entropy_of_counts(counts: np.ndarray) -> float:
     """Order-0 entropy in bits a symbol of int64 [256] counts; 0 for none."""
@@ -89,15 +93,15 @@ def read_table(data: bytes, bits: int) -> np.ndarray:
             step = end - at - 1
             before += -(step + 1 >> 1) if step & 1 else step >> 1
             if not 0 <= before < bits:
-                raise ValueError(f"a frequency of {before + 1} bits in a table of {bits}")
+                raise ValueError(WRONG_FREQUENCY.format(before + 1, bits))
             at = end + 1 + before
             values[position] = int("1" + text[end + 1 : at], 2)
         if at >= len(text):
             raise IndexError
     except IndexError:
-        raise ValueError("the table of frequencies is cut short") from None
+        raise ValueError(CUT_SHORT) from None
     if len(text) - at > 8 or "1" in text[at:]:
-        raise ValueError("the table of frequencies is longer than its symbols")
+        raise ValueError(TOO_LONG)
     frequencies = np.zeros(256, np.int64)
     frequencies[ORDER] = values
     check_frequencies(frequencies, bits)

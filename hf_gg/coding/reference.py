@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .models import read_table as read_table
+
 
 LOWEST = 1 << 16
 FNV_OFFSET = np.uint32(2166136261)

@@ -18,7 +18,7 @@ from ..formats.steps import steps_of
 from ..nn import RF8Experts
 from ..nn.linear import is_conv1d
 from .selection import Selection
-from .sensitivity import Progress, row_sensitivity
+from .sensitivity import row_sensitivity
 
 
 SENSITIVITIES = ("self", "weights")
@@ -31,7 +31,6 @@ def allocate(
     target_error: float | None = None,
     sensitivity: str | Mapping[str, torch.Tensor] = "self",
     chosen: Selection | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Steps for the weights of a model that are to become codes of a grid.
 
@@ -46,7 +45,6 @@ def allocate(
             noise everywhere; also where `"self"` cannot be had), or what a squared error in the rows of each weight
             costs, [..., rows, 1] by parameter name.
         chosen: the modules; those that `GGConfig()` takes by default.
-        progress: called with (sequences done, sequences) while the model runs.
 
     Returns:
         By parameter name, float32 steps [..., rows, 1]. A weight that several modules share is there once.
@@ -75,7 +73,7 @@ def allocate(
     if not isinstance(sensitivity, str):
         costs = sensitivity
     elif sensitivity == "self" and parameters:
-        costs = row_sensitivity(model, parameters, turned, progress=progress)
+        costs = row_sensitivity(model, parameters, turned)
     return _allocate(weights, target_bits, target_error, costs).steps
 
 
@@ -86,7 +84,7 @@ def check_sensitivity(sensitivity: str) -> None:
         raise ValueError(f"Unknown sensitivity {sensitivity!r}: use one of {known}.")
 
 
-def steps_of_model(model: nn.Module, chosen: Selection, config, progress: Progress | None = None) -> dict[str, Any]:
+def steps_of_model(model: nn.Module, chosen: Selection, config) -> dict[str, Any]:
     """The steps that a `GGConfig` of a grid asks for, for the modules of a model that were selected.
 
     Returns:
@@ -103,7 +101,6 @@ def steps_of_model(model: nn.Module, chosen: Selection, config, progress: Progre
             target_error=config.target_error,
             sensitivity=config.sensitivity,
             chosen=chosen,
-            progress=progress,
         )
     result: dict[str, Any] = {}
     for key, name, weight in places:

@@ -160,7 +160,7 @@ class CodedSlice:
             return coding.decode(
                 payload, self.name, self.threads, expected_shape=shape, reserved=refused, header=header
             )
-        return decode_levels(payload, self.name, self.threads)
+        return decode_levels(payload, self.name, self.threads, expected_shape=shape)
 
 
 def is_checked(tensor: torch.Tensor, weight_format: str) -> bool:
@@ -224,8 +224,9 @@ def with_coded_slices(model: nn.Module, state_dict: dict, load_config, disk_offl
         ignore_shape = load_config.ignore_mismatched_sizes
         fmt = formats.get(name) if shape is not None else None
         device = _device(get_device(load_config.device_map or {"": "cpu"}, name, valid_torch_device=True))
+        both = name if name == key else f"{name} ({key} in the file)"
         result[key] = CodedSlice(
-            value, name, parameter.dtype, shape, total, threads, errors, ignore_shape, fmt, device
+            value, both, parameter.dtype, shape, total, threads, errors, ignore_shape, fmt, device
         )
         # the file cannot be read in its place
         for target in [target for target, entry in offloaded.items() if entry.get("weight_name") == key]:

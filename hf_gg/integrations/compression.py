@@ -18,6 +18,7 @@ from ..nn.base import OUTLIERS
 from .folders import copy_others, weight_files
 from .header import read_header
 from .lossless import GridFiles, StoredTensor
+from .reading.files import load_torch_file
 from .report import quantization_report
 from .selection import code_parameters
 from .transformers import GGConfig, quantize_
@@ -48,6 +49,9 @@ def compress(source: Path, target: Path, config: GGConfig, max_shard_size: str =
             f"{source} holds {given.get('weight_format')} codes already, and quantizing twice loses twice: leave the "
             "format and the target out to code them, or start from the full-precision model."
         )
+    if (source / "config.json").exists():  # load says it if not
+        for file in weight_files(source):
+            read_header(str(file)) if file.suffix == ".safetensors" else load_torch_file(file)  # errors name the file
     model = load(source, GGConfig(coding=config.coding) if given is not None else None)
     originals = {} if given is not None else dict(model.named_parameters(remove_duplicate=False))
     if given is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
+import json
 import os
 import shutil
 import tempfile
@@ -12,10 +14,15 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .saving import lock_folder
+
 
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot")
 # What belongs to weights or to a training run, and not to the model that is written anew.
 _LEFT_OUT = (*_OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "*.gguf")
+
+# In the folder that a new one is made in: what was in its place before.
+_OLD = "old"
 
 
 def find(model: str) -> Path:
@@ -38,18 +45,37 @@ def find(model: str) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files with the weights of a model: safetensors, or else PyTorch's own.
+    """The files with the weights of a model, those that Transformers would load: safetensors, or else PyTorch's own.
+
+    Variants and leftovers of other saves may lie beside them. Of a folder without a model, all files of a kind.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or an index does not fit them.
     """
     if path.is_file():
         return [path]
-    for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").is_file():
+            return _files_of_index(path / f"{name}.index.json")
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         found = sorted(file for file in path.glob(pattern) if not _is_training_state(file.name))
         if found:
             return found
     raise ValueError(f"{path} holds no weights (*.safetensors, pytorch_model*.bin).")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    content = json.loads(index.read_text(encoding="utf-8"))  # its errors are ValueErrors
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = places.values() if isinstance(places, dict) else ()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{index} is no index of weights: it maps no tensors to files beside it.")
+    missing = sorted(name for name in set(names) if not (index.parent / name).is_file())
+    if missing:
+        raise ValueError(f"{index} names {missing[0]}, which is not there: download or save the model again.")
+    return sorted({index.parent / name for name in names})
 
 
 def copy_others(source: Path, target: Path) -> list[str]:
@@ -83,35 +109,49 @@ def check_new(out: Path, overwrite: bool) -> None:
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder beside `out` that takes its place if the block ends well, and is removed if it does not.
 
+    What processes left there that were killed is removed; a folder that one had moved away comes back.
+
     Raises:
-        ValueError: as `check_new`.
+        ValueError: as `check_new`. OSError: its parent cannot be written to.
     """
-    check_new(out, overwrite)
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
-    os.chmod(staging, 0o777 & ~_umask())
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    _clean_up(out)
+    check_new(out, overwrite)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    except OSError as error:
+        raise OSError(f"no folder can be made in {out.parent} ({error.strerror}): give another place.") from error
+    lock = lock_folder(str(work))
+    staging, old = work / "new", work / _OLD
+    try:
+        staging.mkdir()
         yield staging
         if out.exists():
-            os.replace(out, old / out.name)
+            os.replace(out, old)
         try:
             os.replace(staging, out)
         except OSError:
-            if (old / out.name).exists():
-                os.replace(old / out.name, out)
+            if old.exists():
+                os.replace(old, out)
             raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _clean_up(out: Path) -> None:
+    """Remove what processes left beside `out` that died, and put back what one had moved away."""
+    for work in out.parent.glob(f".{glob.escape(out.name)}.new-*"):
+        dead = lock_folder(str(work)) if work.is_dir() else None
+        if dead is None:
+            continue
+        if (work / _OLD).exists() and not out.exists():
+            os.replace(work / _OLD, out)
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(dead)
 
 
 def _is_training_state(name: str) -> bool:
     return name.startswith(("optimizer", "scheduler", "rng_state", "scaler", "training_args", "adapter_"))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from ..coding.levels import decode_levels, encode_levels, is_levels, nearest_levels
 from .coded import FLOATS
 from .header import read_header
+from .reading.files import load_torch_file
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class GridFiles:
         coder: `"rans"` or `"eg0"`.
         round: matrices that are not on the grid are rounded to it, instead of an error, and zeros lose their signs.
         keep: regular expressions for names of matrices to leave as they are.
+
+    Raises:
+        ValueError: a file that cannot be read, a tensor in two files, a pattern that is no regular expression.
     """
 
     def __init__(self, files: list[Path], step: float, coder: str, round: bool = False, keep: Iterable[str] = ()):
-        self.step, self.coder, self.round, self.keep = step, coder, round, [re.compile(pattern) for pattern in keep]
+        self.step, self.coder, self.round, self.keep = step, coder, round, [_compiled(pattern) for pattern in keep]
         self._open = ExitStack()
         self.shards = {file: _tensors(file, self._open) for file in files}
+        self._check_names()
 
     def __enter__(self) -> GridFiles:
         return self
@@ -130,6 +135,18 @@ class GridFiles:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         return rows
 
+    def _check_names(self) -> None:
+        """Raise a `ValueError` if two files hold a tensor of the same name: only one can be meant."""
+        seen: dict[str, Path] = {}
+        for file, tensors in self.shards.items():
+            for name in tensors:
+                if name in seen:
+                    self._open.close()
+                    raise ValueError(
+                        f"{name} is in {seen[name].name} and in {file.name}: remove the file that is not meant."
+                    )
+                seen[name] = file
+
     def _is_coded(self, name: str, value: torch.Tensor) -> bool:
         matrix = value.is_floating_point() and value.element_size() > 1 and value.ndim >= 2 and value.numel() > 0
         return matrix and not any(pattern.search(name) for pattern in self.keep)
@@ -175,12 +192,19 @@ def _tensors(file: Path, stack: ExitStack) -> dict[str, Callable[[], torch.Tenso
         read_header(str(file))  # its errors say what is wrong
         handle = stack.enter_context(safe_open(file, framework="pt"))
         return {name: _reader(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    content, _ = load_torch_file(file)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{file.name} holds something else than tensors by name: give a file of a model's weights.")
     # some may share memory, which safetensors refuses
     return {name: _reader(lambda name: content[name].clone(), name) for name in content}
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"keep: {pattern!r} is no regular expression ({error}).") from None
 
 
 def _reader(read: Callable[[str], torch.Tensor], name: str) -> Callable[[], torch.Tensor]:

@@ -74,16 +74,24 @@ def save_pretrained(self, save_directory, *args, **kwargs):
         kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
     staging, lock = _make_staging(directory)
     try:
+        if coder != "none":
+            self._upload_modified_files = functools.partial(_upload, self)  # which is within the save
         result = save(staging, *args, **kwargs)
         if coder != "none":
             coded.correct_index(staging)
         _publish(staging, directory)
     finally:
+        self.__dict__.pop("_upload_modified_files", None)
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
     _wait(self)
     return result
+
+
+def _upload(self, working_dir, *args, **kwargs):
+    coded.correct_index(working_dir)
+    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
 
 
 def _make_staging(directory: str) -> tuple[str, int | None]:
@@ -96,15 +104,15 @@ def _make_staging(directory: str) -> tuple[str, int | None]:
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         if name.startswith(_STAGING) and os.path.isdir(path):
-            dead = _lock(path)
+            dead = lock_folder(path)
             if dead is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(dead)
     staging = tempfile.mkdtemp(prefix=_STAGING, dir=directory)
-    return staging, _lock(staging)
+    return staging, lock_folder(staging)
 
 
-def _lock(folder: str) -> int | None:
+def lock_folder(folder: str) -> int | None:
     """Lock a folder for this process; None if another one holds it, or if this system cannot."""
     if fcntl is None:
         return None

@@ -31,8 +31,6 @@ logger = logging.get_logger(__name__)
 _SHRINK = 0.2
 _RUN_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
-Progress = Callable[[int, int], None]
-
 
 class _FloatProducts(TorchDispatchMode):
     """Matrix products of 16-bit floats on the CPU, computed in float32.
@@ -57,7 +55,6 @@ def row_sensitivity(
     sequences: int = 16,
     length: int = 128,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """Cost of a unit of squared error in a weight of each row, per token, by the name of its parameter.
 
@@ -69,7 +66,6 @@ def row_sensitivity(
         sequences: texts, or random inputs.
         length: tokens of each.
         seed: of the draws. The global generator of random numbers is not touched.
-        progress: called with (sequences done, sequences).
 
     Returns:
         Half the mean over the columns, float32 [..., rows, 1], a fifth of it being the tensor's mean; zeros for a
@@ -95,12 +91,10 @@ def row_sensitivity(
             for name, p in parameters.items():
                 p.requires_grad_(True)
                 handles.append(p.register_post_accumulate_grad_hook(_collector(sums[name], name in turned)))
-            for i in range(sequences):
+            for i in logging.tqdm(range(sequences), desc="Measuring sensitivity"):
                 with _FloatProducts():
                     objective = _objective(model, {key: value[i : i + 1] for key, value in inputs.items()})
                     objective.backward()
-                if progress is not None:
-                    progress(i + 1, sequences)
     except _RUN_ERRORS as error:
         _refuse(model, f"{type(error).__name__}: {error}")
         return None
@@ -185,7 +179,7 @@ def write_texts(model, sequences: int, length: int, device=None) -> torch.Tensor
         tokens = torch.full((sequences, 1), first, dtype=torch.long, device=device)
     past: Any = None
     new = tokens
-    while tokens.shape[1] < length:
+    for _ in logging.tqdm(range(1, length), desc="Writing texts"):
         output = model(input_ids=new, past_key_values=past, use_cache=True)
         past = getattr(output, "past_key_values", None)
         probabilities = output.logits[:, -1].float().softmax(-1)

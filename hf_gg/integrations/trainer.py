@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..training.backslash import BackSlash, check_settings
+from ..training.parts import Part, share_of
 from ..training.rate import Rate
 from ..training.selection import check_number, kind_of, select_matrices
 from .zero import zero_parts
@@ -74,6 +75,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         self.backslash: BackSlash | None = None
         self.saved: dict[str, Any] | None = None
         self._lr = 0.0
+        self._others: list[Part] = []
         _log_with_metrics()
 
     def state(self) -> dict[str, Any]:
@@ -86,6 +88,12 @@ class BackSlashCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Choose the parameters and follow the innermost optimizer."""
+        cooldown = _steps(self.cooldown, state.max_steps)
+        if cooldown >= state.max_steps and self.settings["lambda_"] != 0:
+            raise ValueError(
+                f"cooldown={self.cooldown:g} leaves out the penalty in all of the {state.max_steps} steps: give fewer "
+                "steps, or a share below 1."
+            )
         if self.backslash is not None:  # a training that was broken off
             self.backslash.detach()
         self.backslash = self._build(model, optimizer)
@@ -125,7 +133,7 @@ class BackSlashCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop before weights that are not finite are saved."""
         if self.backslash is not None and control.should_save:
-            self.backslash.check_finite()
+            self.backslash.check_finite(self._others)
 
     on_epoch_end = on_step_end
 
@@ -133,14 +141,16 @@ class BackSlashCallback(TrainerCallback, ExportableState):
         """Leave the optimizer alone again."""
         if self.backslash is not None:
             self.backslash.detach()
-            self.backslash.check_finite()
-            self.saved, self.backslash = self.backslash.state_dict(), None
+            self.backslash.check_finite(self._others)
+            self.saved, self.backslash, self._others = self.backslash.state_dict(), None, []
 
     def metrics(self) -> dict[str, float]:
         """What is logged. On several processes, each must call it."""
         penalty = self.backslash
-        if penalty is None or not penalty.fits:
+        if penalty is None:
             return {}
+        if not penalty.fits:  # λ is zero, for comparison
+            penalty.estimate()
         rates = penalty.measure(self.grid)
         total = Rate.of(rates.values())
         found = {
@@ -164,7 +174,15 @@ class BackSlashCallback(TrainerCallback, ExportableState):
             raise ValueError("BackSlash needs FSDP 2, which keeps each parameter's name: set fsdp_version to 2.")
         chosen = select_matrices(model, self.modules, self.embeddings)
         count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        return BackSlash(zero_parts(optimizer, chosen) or chosen, count=count, **self.settings)
+        split = zero_parts(optimizer, chosen)
+        own = {id(p) for p in chosen.values()}
+        # ZeRO's other parameters are in flat partitions that have no names
+        self._others = [
+            share_of(name, p)
+            for name, p in (model.named_parameters() if split is None else ())
+            if p.requires_grad and p.is_floating_point() and id(p) not in own
+        ]
+        return BackSlash(split or chosen, count=count, **self.settings)
 
 
 def _steps(value: float, max_steps: int) -> int:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..nn import RF8Embedding, RF8Experts, RF8Linear
 from ..nn.base import OUTLIERS, QuantizedWeight
-from . import allocation, checkpoint, coded, gguf, outliers, saving, selection
+from . import allocation, checkpoint, coded, gguf, model_dtype, outliers, saving, selection
 from .config import FORMAT_VERSION, METHOD, GGConfig
 from .dequantizing import check_can_dequantize, dequantize
 from .finishing import finish_loading, guard_initialization
@@ -287,6 +287,7 @@ def _prepare_for_saving(
     ]
     config.modules_to_not_convert = selection.with_skipped(config.modules_to_not_convert or [], skipped, converted)
     config.format_version = FORMAT_VERSION
+    model_dtype.install()
     saving.install(model)
     checkpoint.mark_all_saved_codes()
     if any(isinstance(module, QuantizedWeight) for module in selection.embedding_modules(model)):

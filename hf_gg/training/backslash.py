@@ -55,9 +55,9 @@ class BackSlash:
             (name, parameter) pairs, of which all are taken.
         lambda_: λ ≥ 0; by default 0.1, or 2000 in the reference form.
         form: `"decoupled"` or `"reference"`.
-        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one for all; a number: fixed. By default
-            `"tensor"`, or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2: a fresh
-            uniform initializer has ν = 8, which would act on the largest weights alone.
+        shape: `"tensor"`: ν of each tensor by moments; `"global"`: one ν and one s for all; a number: ν fixed. By
+            default `"tensor"`, or `"global"` in the reference form. The decoupled form takes estimates above 2 for 2:
+            a fresh uniform initializer has ν = 8, which would act on the largest weights alone.
         eps: ε ≥ 0 in units of s (reference: in the weights' own unit); by default 0.1, or 1 in the reference form.
         every: steps between two estimates of ν and s.
         count: N of the reference form; by default all parameters of the model, or of `params`.
@@ -91,6 +91,8 @@ class BackSlash:
         skip_zeros: bool | None = None,
     ) -> None:
         settings = check_settings(lambda_, form, shape, eps, every)
+        if count is not None and not check_number("count", count) > 0:
+            raise ValueError(f"count must be positive, got {count}: it is the number of the model's parameters.")
         self.lambda_, self.form, self.shape, self.eps, self.every = settings
         self.seed = seed
         if isinstance(params, nn.Module):
@@ -219,7 +221,7 @@ class BackSlash:
         self._check_finite(self.parts, table.sum(1))
         skips = torch.tensor(self._skips)
         sizes = torch.tensor([part.numel for part in self.parts], dtype=torch.float64)
-        sizes = torch.where(skips, table[:, 2].clamp_min(1), sizes)
+        sizes = torch.where(skips, table[:, 2], sizes).clamp_min(1)
         if self.shape == "global":
             table, sizes = table.sum(0, keepdim=True).expand_as(table), sizes.sum().expand_as(sizes)
         scales = table[:, 0] / sizes
@@ -232,14 +234,19 @@ class BackSlash:
         scales = torch.where(empty, 1.0, scales)
         self.fits = {p.name: Fit(float(v), float(s)) for p, v, s in zip(self.parts, shapes, scales)}
 
-    def check_finite(self) -> None:
-        """Raise a `ValueError` that names the tensor if a weight is NaN or infinite. Every process must call it."""
-        table = torch.zeros(len(self.parts), 1, dtype=torch.float64)
-        for index, part in enumerate(self.parts):
+    def check_finite(self, others: Sequence[Part] = ()) -> None:
+        """Raise a `ValueError` that names the tensor if a weight is NaN or infinite. Every process must call it.
+
+        Args:
+            others: parts that the penalty does not act on, to be looked at too, and first.
+        """
+        parts = [*others, *self.parts]
+        table = torch.zeros(len(parts), 1, dtype=torch.float64)
+        for index, part in enumerate(parts):
             local = part.local()
             for block in blocks(local) if local is not None else ():
                 table[index] += block.sum(dtype=torch.float32).cpu()
-        self._check_finite(self.parts, sum_over_processes(table, self.parts)[:, 0])
+        self._check_finite(parts, sum_over_processes(table, parts)[:, 0])
 
     def state_dict(self) -> dict[str, Any]:
         """Steps made and the last estimates, as numbers that JSON keeps exactly."""
@@ -261,7 +268,11 @@ class BackSlash:
             odd = sorted(set(fits) ^ names)[0]
             raise ValueError(f"the state of BackSlash is of other parameters: {odd!r} is in one of the two only.")
         for name, pair in fits.items():
-            if len(pair) != 2 or not all(isinstance(x, float) and x > 0 and math.isfinite(x) for x in pair):
+            if (
+                not isinstance(pair, (list, tuple))
+                or len(pair) != 2
+                or not all(isinstance(x, float) and x > 0 and math.isfinite(x) for x in pair)
+            ):
                 raise ValueError(f"the state of BackSlash is damaged: fits[{name!r}] is {pair!r}.")
         self._seen = set()
         self.steps, self.fits = steps, {name: Fit(*pair) for name, pair in fits.items()}

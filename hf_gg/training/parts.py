@@ -60,6 +60,15 @@ def part_of(name: str, parameter: torch.Tensor) -> Part:
         raise TypeError(f"{name} is {parameter.dtype}: train in float32, or in bfloat16.")
     if parameter.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and has no values: load the weights first.")
+    return share_of(name, parameter)
+
+
+def share_of(name: str, parameter: torch.Tensor) -> Part:
+    """The part of a parameter of any dtype, to look at only.
+
+    Raises:
+        ValueError: a `DTensor` of partial sums.
+    """
     groups = []
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh

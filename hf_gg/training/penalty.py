@@ -110,4 +110,8 @@ def moments(block: torch.Tensor) -> torch.Tensor:
     """Σ|w| and Σw² of a flat block, float64 [2] on the block's device."""
     w = widened(block)
     (a,) = scratch(w, 1, w.dtype)
-    return torch.stack([torch.abs(w, out=a).sum(), torch.dot(w, w)]).double()
+    first, second = torch.abs(w, out=a).sum(), torch.dot(w, w)
+    if not 1e-25 < float(second) < math.inf:  # squares that leave the range of float32
+        w = w.double()
+        first, second = w.abs().sum(), torch.dot(w, w)
+    return torch.stack([first.double(), second.double()])

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hf_gg import GGConfig, coding, quantize_
 from hf_gg.cli import main
 from hf_gg.cli.compress import step
 from hf_gg.coding.levels import is_levels
+from hf_gg.integrations.saving import lock_folder
 
 
 SIZES = {
@@ -197,6 +199,73 @@ def test_lossless_index(tmp_path, capsys):
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+@pytest.mark.parametrize("size", ["60KB", "5GB"])
+def test_lossless_takes_the_files_that_a_load_would_take(tmp_path, capsys, size):
+    model = on_grid(LlamaForCausalLM(LlamaConfig(**SIZES)), 2**-10)
+    model.save_pretrained(tmp_path / "in", max_shard_size=size)
+    other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    leftovers = ["model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors", "model-00009-of-00009.safetensors"]
+    for name in [*leftovers, "consolidated.safetensors", "pytorch_model.bin"]:
+        save_file(other, tmp_path / "in" / name)
+    run(tmp_path / "in", tmp_path / "out", "--lossless-grid", "2^-10", "--json")
+    assert json.loads(capsys.readouterr().out)["total"]["numbers"] == sum(p.numel() for p in model.parameters())
+    assert not set(leftovers) & {file.name for file in (tmp_path / "out").iterdir()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(bits_of(loaded[name]) == bits_of(tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "names model-00001-of-00002.safetensors, which"),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, "is no index of weights"),
+        ({"weight_map": {}}, "is no index of weights"),
+        ([], "is no index of weights"),
+    ],
+)
+def test_lossless_index_that_does_not_fit(tmp_path, capsys, index, message):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "elsewhere.safetensors")
+    run(tmp_path / "in", tmp_path / "out", "--lossless-grid", "1", code=1)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_lossless_tensor_in_two_files(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"w": torch.zeros(2, 2)}, tmp_path / "in" / name)
+    run(tmp_path / "in", tmp_path / "out", "--lossless-grid", "1", code=1)
+    assert "w is in a.safetensors and in b.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--lossless-grid", "2^-10"]])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_files(tmp_path, capsys, name, options):
+    model = on_grid(LlamaForCausalLM(LlamaConfig(**SIZES)), 2**-10)
+    model.config.save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / name
+    if name.endswith(".bin"):
+        torch.save(model.state_dict(), path)
+    else:
+        save_file(model.state_dict(), path)
+    for content in (path.read_bytes()[:50_000], b"no weights at all"):
+        path.write_bytes(content)
+        run(tmp_path / "in", tmp_path / "out", *options, code=1)
+        error = capsys.readouterr().err
+        assert error.startswith("hf-gg compress: error: ") and error.count("\n") == 1 and name in error
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_lossless_bin_of_the_old_kind(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    value = torch.arange(-200.0, 200).view(20, 20) / 8
+    torch.save({"w": value}, tmp_path / "in" / "old.bin", _use_new_zipfile_serialization=False)
+    run(tmp_path / "in", tmp_path / "out", "--lossless-grid", "1/8")
+    assert is_levels(stored(tmp_path / "out")["w"])
+
+
 def test_lossless_model_to_disk_offload(tmp_path, capsys):
     pytest.importorskip("accelerate")
     model = on_grid(LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)), 2**-10).eval()
@@ -264,7 +333,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path, capsys):
             return os.mkdir, (str(tmp_path / "trapped"),)
 
     torch.save({"a": Trap()}, tmp_path / "checkpoint.bin")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(ValueError, match="holds other objects, which are not loaded"):
         main(["compress", str(tmp_path / "checkpoint.bin"), str(tmp_path / "out"), "--lossless-grid", "1", "--debug"])
     assert not (tmp_path / "trapped").exists() and not (tmp_path / "out").exists()
 
@@ -347,6 +416,43 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys, options):
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("options", [[], ["--lossless-grid", "2^-10"]])
+def test_a_file_that_cannot_be_written_whole(tmp_path, capsys, options):
+    """The library of the files has errors of its own kind."""
+    on_grid(LlamaForCausalLM(LlamaConfig(**SIZES)), 2**-10).save_pretrained(tmp_path / "in")
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        run(tmp_path / "in", tmp_path / "out", *options, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.startswith("hf-gg compress: error: ") and error.count("\n") == 1 and "File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_killed_process_left(source, tmp_path, capsys):
+    run(source, tmp_path / "out")
+    for name, moved in (("a", False), ("b", True)):
+        work = tmp_path / f".out.new-{name}"
+        (work / "new").mkdir(parents=True)
+        (work / "new" / "model.safetensors").write_bytes(b"half")
+        if moved:  # killed between two renames: this is the only copy
+            (tmp_path / "out").rename(work / "old")
+    before = (tmp_path / ".out.new-b" / "old" / "model.safetensors").read_bytes()
+    alive = tmp_path / ".out.new-c"
+    alive.mkdir()
+    lock = lock_folder(str(alive))
+    run(source, tmp_path / "out", code=1)
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert left_behind(tmp_path) == [alive.name]
+    os.close(lock)
+    run(source, tmp_path / "out", "--overwrite", "--coding", "eg0")
+    assert not left_behind(tmp_path)
+
+
 def test_over_itself(tmp_path, capsys):
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.save_pretrained(tmp_path / "model")
@@ -364,6 +470,7 @@ def test_over_itself(tmp_path, capsys):
         (["EMPTY", "OUT", "--lossless-grid", "1"], "holds no weights"),
         (["SOURCE", "OUT", "--round"], "--round goes with --lossless-grid"),
         (["SOURCE", "OUT", "--lossless-grid", "1", "--format", "rf8"], "do not go with it"),
+        (["SOURCE", "OUT", "--lossless-grid", "1", "--keep", "("], "'(' is no regular expression"),
         (["SOURCE", "OUT", "--format", "rf9"], "Unknown weight format 'rf9'"),
         (["SOURCE", "OUT", "--format", "rf8", "--target-bits", "5"], "target_bits is of the grid"),
         (["SOURCE", "OUT", "--target-bits", "nan"], "target_bits must be a positive number"),
@@ -434,3 +541,10 @@ def test_gguf(tmp_path, capsys):
     assert table["total"]["bits"] < 6.6
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").is_quantized
+
+
+def test_a_place_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["compress", str(source), str(tmp_path / "file" / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "no folder can be made in" in message and "give another place" in message and message.count("\n") == 1

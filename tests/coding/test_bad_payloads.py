@@ -17,7 +17,7 @@ from make_vectors import levels, payload
 from test_vectors import BACKENDS, to_bytes, to_tensor
 
 from hf_gg import coding
-from hf_gg.coding import codec, kernels
+from hf_gg.coding import codec, kernels, models
 from hf_gg.coding.container import CONSTANT, GGD, GOLOMB, NO_MODEL, RANS, TABLE, Header, write_header
 
 
@@ -197,6 +197,11 @@ def test_counts_that_would_take_terabytes():
         ({"lengths": np.array([2**62])}, "a chunk of 4611686018427387904 words"),
         ({"lengths": np.array([10, 10])}, "ends with something else than its padding|bytes, and the header says"),
         ({"coder": 3}, "unknown coder 3"),
+        ({"coder": CONSTANT, "model": NO_MODEL, "checksum": 1}, "64 symbols holds what it does not need"),
+        (
+            {"coder": CONSTANT, "model": NO_MODEL, "shape": (0,), "symbol": 1},
+            "of 0 symbols holds what it does not need",
+        ),
         ({"model": 0}, "unknown model 0 of coder 1"),
         ({"model": 3}, "unknown model 3 of coder 1"),
         ({"coder": GOLOMB, "model": TABLE}, "unknown model 1 of coder 2"),
@@ -266,3 +271,28 @@ def test_wrong_checksum_of_the_symbols(kind):
         reader.varint()
     data[16 + reader._at] ^= 1
     assert len(symbols) and "the checksum of the decoded symbols does not fit" in refused(sealed(data))
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no compiled coder")
+@FUZZ
+@given(bits=st.integers(8, 16), data=st.data())
+def test_tables_are_read_alike(bits, data):
+    """In C and in Python, and what is wrong with a damaged one is said alike."""
+    if data.draw(st.booleans()):
+        counts = np.zeros(256, np.int64)
+        counts[data.draw(st.lists(st.integers(0, 255), min_size=2, max_size=200, unique=True))] = 1
+        counts *= np.random.default_rng(data.draw(st.integers(0, 99))).integers(1, 10**4, 256)
+        stored = bytearray(models.write_table(models.normalize(counts, bits), bits))
+        for place in data.draw(st.lists(st.integers(0, 8 * len(stored) - 1), max_size=3)):
+            stored[place // 8] ^= 1 << place % 8
+        stored = bytes(stored[: data.draw(st.integers(0, len(stored)))]) if data.draw(st.booleans()) else bytes(stored)
+    else:
+        stored = data.draw(st.binary(max_size=40))
+
+    def outcome(read):
+        try:
+            return read(stored, bits).tolist()
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(kernels.read_table) == outcome(models.read_table)

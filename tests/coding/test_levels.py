@@ -1,6 +1,8 @@
 """Floats on a grid come back bit for bit; what is off the grid, and what is damaged, is refused by name."""
 
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_gg.coding.container import CONSTANT, NO_MODEL, Header, write_header
 from hf_gg.coding.levels import decode_levels, encode_levels, is_levels, nearest_levels, read_levels_header
 
 
@@ -121,3 +124,26 @@ def test_damage_is_found(data):
         payload = torch.cat([payload, torch.frombuffer(bytearray(more), dtype=torch.uint8)])
     with pytest.raises(ValueError, match="the.name"):
         decode_levels(payload, "the.name")
+
+
+def forged(step: float, *planes: bytes) -> torch.Tensor:
+    """A payload of any planes, with a right checksum."""
+    head = struct.pack("<8sBBHd", b"GGLEVEL1", 0, len(planes), 0, step)
+    head += struct.pack(f"<{len(planes)}Q", *map(len, planes))
+    content = head + struct.pack("<I", zlib.crc32(head)) + b"".join(planes)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def test_terabytes_of_nothing():
+    plane = write_header(Header(CONSTANT, NO_MODEL, (1 << 20, 1 << 20), symbol=1))
+    with pytest.raises(ValueError, match=r"w claims 1099511627776 numbers without any data"):
+        decode_levels(forged(1.0, plane, plane), "w")
+    with pytest.raises(ValueError, match=r"w is coded with shape \[1048576, 1048576\], expected \[3, 4\]"):
+        decode_levels(forged(1.0, plane), "w", expected_shape=(3, 4))
+
+
+def test_a_step_beyond_the_dtype():
+    plane = write_header(Header(CONSTANT, NO_MODEL, (3,), symbol=2))
+    assert decode_levels(forged(0.5, plane)).tolist() == [1.0] * 3
+    with pytest.raises(ValueError, match=r"w is damaged: levels of 2e\+38 go beyond torch.float32"):
+        decode_levels(forged(2e38, plane), "w")

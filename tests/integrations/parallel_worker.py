@@ -579,6 +579,32 @@ def damaged_parts():
         refused(path.name.partition("-damaged-")[2], lambda path=path: load(path, TP))
 
 
+def loaded_in_parts(family: str, parallel: dict, **config) -> dict[str, float]:
+    """A checkpoint that one process wrote, over processes: same logits, same saved bits, same reloaded."""
+    source = quantized(family, **config)
+    model = load(source, parallel)
+    assert_split(model)
+    name = " ".join(f"{key}={value}" for key, value in (parallel | config).items())
+    measured = {f"{family} {name}": difference(logits(model), expected(source))}
+    path = saved(model, FOLDER / family / f"saved {name}")
+    assert_same_files(path, source)
+    assert torch.equal(logits(load(path)), expected(source)), "reloaded in one process"
+    dist.barrier()
+    assert max(measured.values()) <= TOLERANCE, measured
+    return measured
+
+
+@check(FAST)
+def grid():
+    measured = {}
+    for coding in ("none", "rans"):
+        config = {"weight_format": "grid", "target_bits": 6.0, "coding": coding}
+        measured |= loaded_in_parts("llama", TP, **config) | loaded_in_parts("qwen3_moe", FSDP, **config)
+    config = GGConfig(weight_format="grid", target_bits=6.0)
+    refused("one process", lambda: load(full_precision("llama"), TP, quantization_config=config))
+    return measured
+
+
 @check(FAST)
 def report():
     source, full = quantized("qwen3_moe"), load(full_precision("qwen3_moe"))
@@ -634,6 +660,18 @@ def all_embeddings():
             measured |= round_trip(family, TP, **config) | round_trip(family, FSDP, **config)
         both = {"quantize_embeddings": True, "quantize_lm_head": True}
         measured |= round_trip(family, TP, **both) | round_trip(family, FSDP, **both)
+    return measured
+
+
+@check(SLOW)
+def grid_families():
+    measured = {}
+    for family in (*DENSE, *MOE, "aria"):
+        for parallel in (TP, FSDP):
+            if family != "gpt_oss" or "fsdp_size" in parallel:
+                measured |= loaded_in_parts(family, parallel, weight_format="grid", target_bits=5.0, coding="rans")
+    for family in ("qwen3_moe", "deepseek_v3"):
+        measured |= loaded_in_parts(family, EP_REDUCE, weight_format="grid", target_bits=5.0, coding="eg0")
     return measured
 
 

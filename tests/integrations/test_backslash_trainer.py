@@ -323,6 +323,16 @@ def test_training_that_fails_keeps_the_last_good_checkpoint(tmp_path):
         trained(tmp_path / "b", [Break(), BackSlashCallback(1.0)], save_strategy="steps", save_steps=2)
     assert not list((tmp_path / "b").glob("checkpoint-*"))
 
+    class PoisonNorm(TrainerCallback):  # what the penalty does not act on
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.model.norm.weight.grad[0] = math.nan
+
+    for changes in ({"save_strategy": "steps", "save_steps": 2}, {"max_steps": 4}):
+        with pytest.raises(ValueError, match=r"model\.norm\.weight has weights that are NaN"):
+            trained(tmp_path / "c", [PoisonNorm(), BackSlashCallback(1.0)], max_grad_norm=0, **changes)
+    assert [path.name for path in (tmp_path / "c").glob("checkpoint-*")] == ["checkpoint-2"]
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -338,6 +348,18 @@ def test_training_that_fails_keeps_the_last_good_checkpoint(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         BackSlashCallback(**settings)
+
+
+def test_a_cooldown_of_the_whole_training(tmp_path):
+    with pytest.raises(ValueError, match="cooldown=50 leaves out the penalty in all of the 8 steps"):
+        trained(tmp_path, [BackSlashCallback(cooldown=50)], max_steps=8)
+
+
+def test_without_a_penalty_the_weights_are_measured(tmp_path):
+    log = trained(tmp_path, [BackSlashCallback(0)], max_steps=4, logging_steps=2).state.log_history[0]
+    plain = trained(tmp_path, [], max_steps=4, logging_steps=2)
+    assert log["backslash/bits"] > 1 and log["backslash/step"] == 0
+    assert log["loss"] == plain.state.log_history[0]["loss"]
 
 
 def test_bad_modules(tmp_path):

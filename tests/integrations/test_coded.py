@@ -83,7 +83,7 @@ def test_on_a_cuda_device_the_payload_is_what_moves(checkpoint, monkeypatch):
     calls = []
 
     def decode_symbols(payload, name, device, threads, expected_shape):
-        calls.append((name, payload.ndim, str(device)))
+        calls.append((name.split()[0], payload.ndim, str(device)))
         return coding.decode(payload, name, threads, expected_shape)
 
     monkeypatch.setattr(coded, "decode_symbols", decode_symbols)
@@ -340,6 +340,27 @@ def test_push_to_hub(checkpoint, tmp_path):
     assert same_tensors({k: v for shard in shards for k, v in shard.items()}, stored(checkpoint))
 
 
+def test_the_index_of_an_offloaded_model_is_right_before_it_is_pushed(checkpoint, tmp_path, monkeypatch):
+    from transformers import modeling_utils
+
+    uploaded = {}
+
+    def upload(self, working_dir, *args, **kwargs):
+        uploaded.update(json.loads((Path(working_dir) / "model.safetensors.index.json").read_text()))
+
+    repository = SimpleNamespace(create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="user/name"))
+    monkeypatch.setattr(modeling_utils, "hf_api", lambda *args, **kwargs: repository)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(save=len))
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "_get_files_timestamps", lambda *args: {})
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "_upload_modified_files", upload)
+    devices = first_layers_on_disk(LLAMA.auto.from_pretrained(checkpoint))
+    model = LLAMA.auto.from_pretrained(checkpoint, device_map=devices, offload_folder=tmp_path / "offload")
+    model.save_pretrained(tmp_path / "out", max_shard_size="30KB", push_to_hub=True, repo_id="user/name")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored(tmp_path / "out").values())
+    assert uploaded["metadata"]["total_size"] == size
+    assert "_upload_modified_files" not in model.__dict__
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("moment", ["encoding", "first shard", "move"])
 def test_a_killed_save_leaves_the_old_checkpoint(checkpoint, tmp_path, monkeypatch, moment):
@@ -413,6 +434,13 @@ def test_every_damaged_tensor_is_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=WEIGHT) as error:
         LLAMA.auto.from_pretrained(folder)
     assert other in str(error.value)
+
+
+def test_damage_is_named_as_in_the_model_and_in_the_file(checkpoint, tmp_path):
+    folder = damage(checkpoint, tmp_path / "a", WEIGHT, lambda x: x[:-1])
+    name = WEIGHT.removeprefix("model.")
+    with pytest.raises(ValueError, match=rf"(?<!model\.){name} \({WEIGHT} in the file\): damaged"):
+        AutoModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("shape", [(1 << 20, 1 << 20), (64, 65), (4096,), (64, 64, 1), ()])

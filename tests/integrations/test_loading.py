@@ -315,6 +315,22 @@ def test_a_head_of_another_size(checkpoints, tmp_path, source):
 # --- dtypes and devices ---
 
 
+@pytest.mark.parametrize("weight_format", ["rf8", "grid"])
+def test_half_precision_with_quantized_embeddings(checkpoints, tmp_path, weight_format):
+    """The first floating-point parameter is a float32 scale, by which Transformers names the model's dtype."""
+    family = FAMILIES["llama"]
+    options = {"step": 2**-9} if weight_format == "grid" else {}
+    config = GGConfig(weight_format=weight_format, quantize_embeddings=True, quantize_lm_head=True, **options)
+    model = family.auto.from_pretrained(checkpoints["llama"], quantization_config=config, dtype=torch.bfloat16)
+    assert model.dtype == model.model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    again = family.auto.from_pretrained(tmp_path)
+    assert again.dtype == again.model.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(family.logits(again), family.logits(model))
+    assert family.model().dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(checkpoints, tmp_path, name, dtype):

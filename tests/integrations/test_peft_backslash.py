@@ -471,6 +471,15 @@ def test_bfloat16_base(tmp_path):
     assert model(TOKENS[:1]).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("grid", [2**-13, None])
+def test_an_adapter_with_nan_is_not_saved(tmp_path, grid):
+    model = wrapped(grid=grid)
+    model.base_model.model.model.layers[1].mlp.up_proj.backslash_delta["default"].data[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.backslash_delta\.default holds NaN or infinity"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_damaged_files(tmp_path):
     filled(wrapped()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -336,7 +336,9 @@ def test_damaged_files(tmp_path):
         (changed(modules, (3, 2), 7), "has no map for it"),
         ({maps: content[maps]}, "deepshape_modules is missing"),
         ({**content, maps: content[maps][:3]}, "deepshape_maps is damaged"),
-        ({**content, maps: content[maps].flatten()}, "deepshape_maps has the shape"),
+        ({**content, maps: content[maps].flatten()}, r"deepshape_maps is torch\.float32 of the shape \[56\]"),
+        ({**content, maps: content[maps].double()}, r"deepshape_maps is torch\.float64"),
+        *((changed(maps, (3, place), content[maps][3, place] * 1.0001 + 1e-6), "a damaged one") for place in range(4)),
         ({"x": torch.zeros(1)}, "deepshape_maps is missing"),
     ):
         save_file(bad, file)

@@ -116,12 +116,11 @@ def test_leaves_the_model_and_the_generator_alone():
     frozen = next(iter(parameters.values()))
     frozen.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    state, calls = torch.get_rng_state(), []
+    state = torch.get_rng_state()
     with torch.no_grad():
-        first = row_sensitivity(model, parameters, sequences=3, length=12, progress=lambda i, n: calls.append((i, n)))
+        first = row_sensitivity(model, parameters, sequences=3, length=12)
         second = row_sensitivity(model, parameters, sequences=3, length=12)
         third = row_sensitivity(model, parameters, sequences=3, length=12, seed=1)
-    assert calls == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(state, torch.get_rng_state())
     assert model.training and not frozen.requires_grad
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())

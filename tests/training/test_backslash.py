@@ -475,11 +475,33 @@ def test_selection_refuses():
         ({"shape": 0.0}, ValueError, "shape must be finite, at least 0.1 and at most 8, got 0"),
         ({"eps": -0.1}, ValueError, "eps must be finite"),
         ({"every": 0}, ValueError, "every must be a number of steps, at least 1, got 0"),
+        ({"count": -5}, ValueError, "count must be finite, at least 0, got -5"),
+        ({"count": 0}, ValueError, "count must be positive, got 0"),
+        ({"count": math.nan}, ValueError, "count must be finite"),
     ],
 )
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         BackSlash(small_model(), **settings)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-22, 1e25])
+def test_weights_whose_squares_leave_float32(unit):
+    torch.manual_seed(0)
+    w = torch.randn(300, 300)
+    plain, scaled = BackSlash({"w": w}), BackSlash({"w": w * unit})
+    for penalty in (plain, scaled):
+        penalty.estimate()
+    assert scaled.fits["w"].shape == pytest.approx(plain.fits["w"].shape, rel=1e-5)
+    assert scaled.fits["w"].scale == pytest.approx(plain.fits["w"].scale * unit, rel=1e-5)
+    scaled.check_finite()
+
+
+def test_an_empty_matrix_beside_others():
+    w = torch.ones(4, 4)
+    penalty = BackSlash({"none": torch.ones(0, 4), "w": w}, lambda_=1.0)
+    penalty.step(0.1)
+    assert (w < 1).all()
 
 
 def test_bad_parameters():

@@ -34,6 +34,13 @@ def encoded(
         return {**tensors, **dict(zip(chosen, pool.map(code, chosen)))}
 
 
+def check_finite(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    """Raise a `ValueError` that names a tensor that holds NaN or infinity."""
+    for name in names:
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity, and no such adapter is saved: repair the model.")
+
+
 def decoded(value: torch.Tensor, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """A matrix from an adapter's file.
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..coded import check_coding
-from .adapter_files import decoded, encoded
+from .adapter_files import check_finite, decoded, encoded
 from .methods import MatrixConfig, MatrixLayer, MatrixTuner, add_type, bare, layers_of, other_model
 from .penalty_hook import follow
 
@@ -185,9 +185,10 @@ class BackSlashModel(MatrixTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if getattr(config, "saves_exactly", False) or config.grid is None:
-            return found
         names = {f"{name}.backslash_delta.{adapter_name}" for name in layers_of(model, BackSlashLayer, adapter_name)}
+        if getattr(config, "saves_exactly", False) or config.grid is None:
+            check_finite(found, names)
+            return found
         return encoded(found, names, config.grid, config.coding)
 
     @classmethod

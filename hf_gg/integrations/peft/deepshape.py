@@ -254,7 +254,7 @@ class DeepShapeModel(MatrixTuner):
             factors = found.pop(f"{name}.deepshape_factors.{adapter_name}").detach().float().cpu()
             prefix = name.removesuffix(bare(name))
             maps.append(torch.cat([torch.tensor(layer.deepshape_fits[adapter_name]), factors]))
-            modules.append([layer.rows, layer.columns, _checksum(name)])
+            modules.append([layer.rows, layer.columns, _checksum(name) ^ _checksum_of(maps[-1])])
         return {
             **found,
             f"{prefix}{MAPS}.{adapter_name}": torch.stack(maps),
@@ -264,10 +264,10 @@ class DeepShapeModel(MatrixTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         result = dict(state_dict)
-        maps, modules = (_take(result, key, width) for key, width in ((MAPS, 4), (MODULES, 3)))
+        maps = _take(result, MAPS, 4, torch.float32)
+        modules = _take(result, MODULES, 3, torch.int32)
         layers = layers_of(model, DeepShapeLayer, adapter_name)
-        _check(maps, modules, layers, adapter_name)
-        rows = {int(row[2]): index for index, row in enumerate(modules)}
+        rows = _check(maps, modules, layers, adapter_name)
         for name, layer in layers.items():
             row = maps[rows[_checksum(name)]]
             layer.deepshape_fits[adapter_name] = tuple(row[:2].tolist())
@@ -275,24 +275,31 @@ class DeepShapeModel(MatrixTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, result)
 
 
-def _take(state: dict[str, torch.Tensor], name: str, width: int) -> torch.Tensor:
+def _take(state: dict[str, torch.Tensor], name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
     keys = [key for key in state if bare(key) == name]
     value = state.pop(keys[0]).cpu() if keys else None
-    if value is None or value.ndim != 2 or value.shape[1] != width:
-        found = "is missing" if value is None else f"has the shape {list(value.shape)}"
+    if value is None or value.ndim != 2 or value.shape[1] != width or value.dtype != dtype:
+        found = "is missing" if value is None else f"is {value.dtype} of the shape {list(value.shape)}"
         raise ValueError(f"{name} {found}: this is no file of a DeepShape adapter, or it is damaged.")
     return value
 
 
-def _check(maps: torch.Tensor, modules: torch.Tensor, layers: dict[str, Any], adapter_name: str) -> None:
-    """Raise a `ValueError` where the numbers of a file make no sense, or are not of this model."""
+def _check(maps: torch.Tensor, modules: torch.Tensor, layers: dict[str, Any], adapter_name: str) -> dict[int, int]:
+    """The row of each module in a file, by the checksum of its name.
+
+    Raises:
+        ValueError: the numbers make no sense, or are not of this model.
+    """
     good = maps.isfinite().all() and (maps[:, 0] > 0).all()
     if len(maps) != len(modules) or not good or not ((maps[:, 1] >= 0.1 - 1e-6) & (maps[:, 1] <= 8)).all():
         raise ValueError(f"{MAPS} is damaged: it holds impossible numbers. Download or save the adapter again.")
-    given = {row[2]: (row[0], row[1], index) for index, row in enumerate(modules.tolist())}
+    # what is left of the checksum of name and numbers without that of the numbers
+    rest = [row[2] ^ _checksum_of(numbers) for row, numbers in zip(modules.tolist(), maps)]
+    given = {name: (*row[:2], index) for index, (name, row) in enumerate(zip(rest, modules.tolist()))}
     for name, layer in layers.items():
         if _checksum(name) not in given:
-            raise other_model(f"{bare(name)} is a target in the model, and the adapter's file has no map for it")
+            what = "no map for it, or a damaged one"
+            raise other_model(f"{bare(name)} is a target in the model, and the adapter's file has {what}")
         rows, columns, _ = given[_checksum(name)]
         if (rows, columns) != (layer.rows, layer.columns):
             raise other_model(
@@ -309,11 +316,20 @@ def _check(maps: torch.Tensor, modules: torch.Tensor, layers: dict[str, Any], ad
                 raise other_model(
                     f"the weights of {bare(name)} have the {what} {own:.4g}, and the adapter's were {before:.4g}"
                 )
+    return {key: index for key, (_, _, index) in given.items()}
 
 
 def _checksum(name: str) -> int:
     """CRC-32 of a module's name in the base model, as int32."""
-    value = zlib.crc32(bare(name).encode())
+    return _signed(zlib.crc32(bare(name).encode()))
+
+
+def _checksum_of(numbers: torch.Tensor) -> int:
+    """CRC-32 of the four numbers of a map, as int32."""
+    return _signed(zlib.crc32(numbers.numpy().astype("<f4").tobytes()))
+
+
+def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 

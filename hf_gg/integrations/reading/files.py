@@ -163,6 +163,27 @@ def _torch_type(dtype: str) -> torch.dtype:
     return getattr(torch, _type_name(dtype))
 
 
+def load_torch_file(path: Path) -> tuple[Any, bool]:
+    """What `torch.save` wrote, read as data only, and whether it is mapped: files from before PyTorch 1.6 cannot be.
+
+    Raises:
+        ValueError: damaged, or it holds something else than tensors and plain data.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True), False
+    except _NONSENSE as error:
+        message = " ".join(str(error).split()).partition(" In PyTorch 2.6")[0][:200]
+        raise ValueError(
+            f"{path.name} is not a readable PyTorch file of tensors alone ({message}). It is damaged, or "
+            "holds other objects, which are not loaded: save the state dict alone, best as safetensors."
+        ) from error
+
+
 class TorchFile:
     """A file of `torch.save`, read without running what is in it (`weights_only=True`).
 
@@ -177,27 +198,13 @@ class TorchFile:
         self._path = path
         self.problem: Problem | None = None
         self.metadata: dict[str, str] = {}
-        self._can_map = True
         self._tensors: dict[str, torch.Tensor] = {}
         self._touched = 0
         self._map()
 
     def _map(self) -> None:
         self.release()
-        try:
-            try:
-                content = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                self._can_map = False
-                content = torch.load(self._path, map_location="cpu", weights_only=True)
-        except _NONSENSE as error:
-            message = " ".join(str(error).split()).partition(" In PyTorch 2.6")[0][:200]
-            raise ValueError(
-                f"{self._path.name} is not a readable PyTorch file of tensors alone ({message}). It is damaged, or "
-                "holds other objects, which are not loaded: save the state dict alone, best as safetensors."
-            ) from error
+        content, self._can_map = load_torch_file(self._path)
         self._tensors = dict(_flatten(content))
 
     def release(self) -> None:

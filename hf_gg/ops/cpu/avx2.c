@@ -1,4 +1,4 @@
-/* AVX2 with FMA and F16C: values from two 16-entry byte shuffles. For formats with `nibbles`. */
+/* AVX2 with FMA and F16C: values from two 16-entry byte shuffles (`nibbles`), or converted (`integers`). */
 #include "rf8.h"
 
 #ifdef HF_GG_X86
@@ -38,24 +38,47 @@ TARGET INLINE void decode(const tables *t, __m256i codes, __m256i *a, __m256i *b
   *b = _mm256_unpackhi_epi8(low, high);
 }
 
+/* 32 sign-magnitude codes to two's complement. */
+TARGET INLINE __m256i signed_bytes(__m256i codes) {
+  return _mm256_sign_epi8(_mm256_and_si256(codes, _mm256_set1_epi8(127)), _mm256_or_si256(codes, _mm256_set1_epi8(1)));
+}
+
 /* --- linear --- */
 
-TARGET INLINE void step(const rf8_linear_job *job, const tables *t, const uint8_t *codes, int64_t code_row,
-                        const float *x, int rows, int outs, __m256 sums[4][4]) {
-  const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
+/* 32 codes to float32 in the order of the packed x: per half of a 128-bit lane, the even, then the odd ones. */
+TARGET INLINE void packed_floats(const tables *t, __m256i codes, int integers, __m256 w[4]) {
+  __m256i a, b;
+  if (integers) {
+    __m256i values = signed_bytes(codes);
+    a = _mm256_unpacklo_epi8(values, values);
+    b = _mm256_unpackhi_epi8(values, values);
+    w[0] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 24));
+    w[1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(a, 24));
+    w[2] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(b, 16), 24));
+    w[3] = _mm256_cvtepi32_ps(_mm256_srai_epi32(b, 24));
+  } else {
+    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
+    decode(t, codes, &a, &b);
+    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
+    w[1] = _mm256_castsi256_ps(_mm256_and_si256(a, odd));
+    w[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
+    w[3] = _mm256_castsi256_ps(_mm256_and_si256(b, odd));
+  }
+}
+
+TARGET INLINE void step(const rf8_linear_job *job, const tables *t, int integers, const uint8_t *codes,
+                        int64_t code_row, const float *x, int rows, int outs, __m256 sums[4][4]) {
 #pragma GCC unroll 4
   for (int n = 0; n < outs; n++) {
-    __m256i a, b;
-    decode(t, load_codes(codes + n * code_row), &a, &b);
-    __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), w1 = _mm256_castsi256_ps(_mm256_and_si256(a, odd));
-    __m256 w2 = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), w3 = _mm256_castsi256_ps(_mm256_and_si256(b, odd));
+    __m256 w[4];
+    packed_floats(t, load_codes(codes + n * code_row), integers, w);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       const float *at = x + r * job->x_row;
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at), w0, sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 8), w1, sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 16), w2, sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 24), w3, sums[r][n]);
+      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at), w[0], sums[r][n]);
+      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 8), w[1], sums[r][n]);
+      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 16), w[2], sums[r][n]);
+      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 24), w[3], sums[r][n]);
     }
   }
 }
@@ -66,7 +89,8 @@ TARGET INLINE float add_lanes(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int64_t n, int64_t row, int rows, int outs) {
+TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int integers, int64_t n, int64_t row, int rows,
+                        int outs) {
   const uint8_t *codes = job->codes + n * job->code_row;
   const float *x = (const float *)job->x + row * job->x_row;
   __m256 sums[4][4];
@@ -76,11 +100,11 @@ TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int64_t n, i
 #pragma GCC unroll 4
     for (int o = 0; o < outs; o++) sums[r][o] = _mm256_setzero_ps();
   int64_t k = 0;
-  for (; k + 32 <= job->k; k += 32) step(job, t, codes + k, job->code_row, x + k, rows, outs, sums);
+  for (; k + 32 <= job->k; k += 32) step(job, t, integers, codes + k, job->code_row, x + k, rows, outs, sums);
   if (k < job->k) {
     uint8_t last[4][32] = {{0}};
     for (int o = 0; o < outs; o++) memcpy(last[o], codes + o * job->code_row + k, (size_t)(job->k - k));
-    step(job, t, last[0], 32, x + k, rows, outs, sums);
+    step(job, t, integers, last[0], 32, x + k, rows, outs, sums);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < rows; r++)
@@ -89,21 +113,27 @@ TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int64_t n, i
   rf8_finish(job, row, rows, n, outs, results);
 }
 
-TARGET INLINE void strip(const rf8_linear_job *job, const tables *t, int64_t begin, int64_t end, int64_t row, int rows,
-                         int outs) {
+TARGET INLINE void strip(const rf8_linear_job *job, const tables *t, int integers, int64_t begin, int64_t end,
+                         int64_t row, int rows, int outs) {
   int64_t n = begin;
-  for (; n + outs <= end; n += outs) tile(job, t, n, row, rows, outs);
-  for (; n < end; n++) tile(job, t, n, row, rows, 1);
+  for (; n + outs <= end; n += outs) tile(job, t, integers, n, row, rows, outs);
+  for (; n < end; n++) tile(job, t, integers, n, row, rows, 1);
 }
 
-TARGET static void linear_f32(const rf8_linear_job *job, int64_t begin, int64_t end) {
+TARGET INLINE void linear(const rf8_linear_job *job, int integers, int64_t begin, int64_t end) {
   const tables t = load_tables(job->format);
   for (int64_t row = 0; row < job->m; row += 4) switch (job->m - row) {
-      case 1: strip(job, &t, begin, end, row, 1, 4); break;
-      case 2: strip(job, &t, begin, end, row, 2, 2); break;
-      case 3: strip(job, &t, begin, end, row, 3, 1); break;
-      default: strip(job, &t, begin, end, row, 4, 1); break;
+      case 1: strip(job, &t, integers, begin, end, row, 1, 4); break;
+      case 2: strip(job, &t, integers, begin, end, row, 2, 2); break;
+      case 3: strip(job, &t, integers, begin, end, row, 3, 1); break;
+      default: strip(job, &t, integers, begin, end, row, 4, 1); break;
     }
+}
+
+TARGET static void linear_f32(const rf8_linear_job *job, int64_t begin, int64_t end) { linear(job, 0, begin, end); }
+
+TARGET static void linear_integers(const rf8_linear_job *job, int64_t begin, int64_t end) {
+  linear(job, 1, begin, end);
 }
 
 /* --- dequantize --- */
@@ -116,21 +146,34 @@ TARGET INLINE __m256i round_bf16(__m256 x) {
   return _mm256_srli_epi32(sum, 16);
 }
 
-TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables *t, const uint8_t *codes,
+/* 32 codes to float32 in their natural order. */
+TARGET INLINE void ordered_floats(const tables *t, __m256i codes, int integers, __m256 w[4]) {
+  if (integers) {
+    __m256i values = signed_bytes(codes);
+    __m128i low = _mm256_castsi256_si128(values), high = _mm256_extracti128_si256(values, 1);
+    w[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
+    w[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8)));
+    w[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high));
+    w[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8)));
+  } else {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), zero = _mm256_setzero_si256();
+    __m256i a, b;
+    decode(t, _mm256_permutevar8x32_epi32(codes, order), &a, &b);
+    w[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a));
+    w[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, a));
+    w[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, b));
+    w[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, b));
+  }
+}
+
+TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables *t, int integers, const uint8_t *codes,
                                     const float *scale, void *out) {
-  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); /* so that unpacking leaves the natural order */
-  const __m256i zero = _mm256_setzero_si256();
-  __m256i half[2], w[4];
-  __m256 y[4];
-  decode(t, _mm256_permutevar8x32_epi32(load_codes(codes), order), half, half + 1);
-  w[0] = _mm256_unpacklo_epi16(zero, half[0]);
-  w[1] = _mm256_unpackhi_epi16(zero, half[0]);
-  w[2] = _mm256_unpacklo_epi16(zero, half[1]);
-  w[3] = _mm256_unpackhi_epi16(zero, half[1]);
+  __m256 w[4], y[4];
+  ordered_floats(t, load_codes(codes), integers, w);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     __m256 s = job->scale_column ? _mm256_loadu_ps(scale + 8 * i) : _mm256_set1_ps(*scale);
-    y[i] = _mm256_mul_ps(_mm256_castsi256_ps(w[i]), s);
+    y[i] = _mm256_mul_ps(w[i], s);
   }
   if (job->dtype == DTYPE_F32) {
 #pragma GCC unroll 4
@@ -147,7 +190,7 @@ TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables 
   }
 }
 
-TARGET static void dequantize(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
+TARGET INLINE void dequantize_rows(const rf8_dequantize_job *job, int integers, int64_t begin, int64_t end) {
   const tables t = load_tables(job->format);
   int64_t size = rf8_size(job->dtype);
   for (int64_t r = begin; r < end; r++) {
@@ -156,10 +199,18 @@ TARGET static void dequantize(const rf8_dequantize_job *job, int64_t begin, int6
     char *out = (char *)job->out + r * job->columns * size;
     int64_t i = 0;
     for (; i + 32 <= job->columns; i += 32)
-      dequantize_block(job, &t, codes + i, scale + i * job->scale_column, out + i * size);
+      dequantize_block(job, &t, integers, codes + i, scale + i * job->scale_column, out + i * size);
     for (; i < job->columns; i++)
       rf8_store(out, job->dtype, i, job->format->value[codes[i]] * scale[i * job->scale_column]);
   }
+}
+
+TARGET static void dequantize(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
+  dequantize_rows(job, 0, begin, end);
+}
+
+TARGET static void dequantize_integers(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
+  dequantize_rows(job, 1, begin, end);
 }
 
 /* --- quantize --- */
@@ -283,6 +334,16 @@ const rf8_kernels rf8_avx2 = {
     .linear_f32 = linear_f32,
     .linear_bf16 = NULL,
     .dequantize = dequantize,
+    .magnitudes = magnitudes,
+    .errors = errors,
+    .encode = encode,
+};
+
+const rf8_kernels rf8_avx2_integers = {
+    .lanes = 2,
+    .linear_f32 = linear_integers,
+    .linear_bf16 = NULL,
+    .dequantize = dequantize_integers,
     .magnitudes = magnitudes,
     .errors = errors,
     .encode = encode,

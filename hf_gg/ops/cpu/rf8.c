@@ -30,6 +30,7 @@ static const rf8_kernels *kernels_for(int64_t isa, const rf8_format *format) {
 #ifdef HF_GG_X86
   if (isa >= ISA_AVX512) return &rf8_avx512;
   if (isa == ISA_AVX2 && format->nibbles) return &rf8_avx2;
+  if (isa == ISA_AVX2 && format->integers) return &rf8_avx2_integers;
 #endif
   (void)isa, (void)format;
   return &rf8_portable;
@@ -126,12 +127,14 @@ EXPORT int64_t hf_gg_rf8_format_size(void) { return (int64_t)sizeof(rf8_format);
 EXPORT int64_t hf_gg_rf8_format_init(void *out, const float *values, const uint8_t *nearest, int64_t residual_bits) {
   rf8_format *f = out;
   memset(f, 0, sizeof *f);
+  f->integers = 1;
   memcpy(f->value, values, sizeof f->value);
   memcpy(f->nearest, nearest, sizeof f->nearest);
   f->residual_bits = (int32_t)residual_bits;
   for (int c = 0; c < 128; c++) {
     uint32_t bits = rf8_to_bits(values[c]), negative = rf8_to_bits(values[c + 128]);
     int reserved = values[c] != values[c];
+    if (values[c] != (float)c) f->integers = 0;
     if (c == 0 ? values[0] != 0.0f || values[128] != 0.0f : reserved != (values[c + 128] != values[c + 128])) return 1;
     if (!reserved && (bits & 0x8000ffff || (c > 0 && negative != (bits | 0x80000000)))) return 1;
     f->low[c] = (uint8_t)(reserved ? 0xc0 : bits >> 16);

@@ -1,0 +1,109 @@
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from hf_gg import data
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    for name in ("continual", "arithmetic"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny random Llama with SmolLM2's tokenizer."""
+    folder, file = tmp_path_factory.mktemp("tiny"), data.smollm2_gguf()
+    words = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    words.save_pretrained(folder)
+    tf.set_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        max_position_embeddings=512,
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_table(tiny, tmp_path, capsys):
+    from continual import main
+
+    arguments = f"--model {tiny} --methods sft grpo-rif grpo-no-kl sft-joint --seeds 0 --tasks sums words"
+    arguments += (
+        " --max_steps 2 --train_instances 4 --test_instances 3 --per_device_train_batch_size 4 --num_generations 2"
+    )
+    arguments += " --max_completion_length 3 --n 2 --min_correct 0 --lora_rank 2 --save_steps 1 --rf8 true"
+    arguments += f" --results {tmp_path}/a.csv --image {tmp_path}/a.png --output_dir {tmp_path}/runs"
+    file = main(arguments.split())
+    rows = list(csv.DictReader(file.open()))
+    assert [row["method"] for row in rows] == ["sft", "grpo-rif", "grpo-no-kl", "sft-joint"]
+    assert rows[1]["kept"] == "1.000" and not rows[0]["kept"] and not rows[3]["forgetting"]
+    for row in rows:
+        assert 0 <= float(row["end words"]) <= 1 and float(row["general_before"]) < 0
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    first = file.read_text()
+    assert main(arguments.split()).read_text() == first  # every run is there
+
+
+def test_the_files_of_settings():
+    from continual import read
+
+    cpu, gpu = read(RECIPES / "continual.yaml", []), read(RECIPES / "continual_gpu.yaml", ["--seeds", "7"])
+    assert cpu.use_cpu and len(cpu.seeds) == 2 and cpu.tasks == ["sums", "differences", "products", "words"]
+    assert not gpu.use_cpu and gpu.seeds == [7] and gpu.rf8 and gpu.bf16
+    for bad in (["--methods", "ppo"], ["--tasks", "poems"]):
+        with pytest.raises(ValueError, match=f"got '{bad[1]}'"):
+            read(RECIPES / "continual.yaml", bad)
+
+
+def test_tasks():
+    from arithmetic import TASKS, arithmetic
+
+    for name in TASKS:
+        task = arithmetic(name, 40, 20)
+        asked = [row["prompt"][0]["content"] for row in [*task.train, *task.test]]
+        assert len({*asked}) == len(asked) >= 50
+        for row in task.train:
+            right = [[{"role": "assistant", "content": f"It is so.\n{row['completion']}"}]]
+            assert task.reward(completions=right, answer=[row["answer"]]) == [1]
+            assert task.format(completions=right) == [1]
+        assert arithmetic(name, 40, 20).train.to_list() == task.train.to_list()
+    with pytest.raises(ValueError, match="sums has only 64 different questions"):
+        arithmetic("sums", 10, 64)
+
+
+def test_gsm8k(tmp_path):
+    from arithmetic import gsm8k
+
+    file = tmp_path / "train.jsonl"
+    rows = [f'{{"question": "How many are {k}?", "answer": "There are {k}.\\n#### 1,00{k}"}}' for k in range(6)]
+    file.write_text("\n".join(rows) + "\n\n")
+    task = gsm8k(file, 3, 2)
+    assert len(task.train) == 3 and len(task.test) == 2 and task.test[1]["answer"] == "1,005"
+    assert task.train[0]["completion"] == "There are 0.\n#### 1,000"
+    assert task.reward(completions=["so #### 1005"], answer=[task.test[1]["answer"]]) == [1]
+    for text, message in (
+        ("{", "line 7: no question"),
+        ('{"question": "a", "answer": "b"}', "line 7: the answer does"),
+    ):
+        file.write_text("\n".join([*rows, text]))
+        with pytest.raises(ValueError, match=message):
+            gsm8k(file, 3, 2)
+    file.write_text(rows[0])
+    with pytest.raises(ValueError, match="has 1 rows: more than the 2"):
+        gsm8k(file, 3, 2)
