@@ -41,7 +41,7 @@ class BackSlashConfig(MatrixConfig):
         TypeError, ValueError: an argument makes no sense.
     """
 
-    lambda_: float = field(default=0.2)
+    lambda_: float = field(default=0.1)
     form: str = field(default="decoupled")
     shape: float | str | None = field(default=None)
     eps: float | None = field(default=None)
