@@ -33,6 +33,24 @@ TOKENS = torch.randint(0, 64, (48, 16), generator=torch.Generator().manual_seed(
 STEPS, BATCH, LR, LAMBDA = 8, 4, 5e-3, 1.0
 
 
+def arguments() -> tf.TrainingArguments:
+    return tf.TrainingArguments(
+        str(OUTPUT),
+        per_device_train_batch_size=BATCH // WORLD,
+        max_steps=STEPS,
+        learning_rate=LR,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=4,
+    )
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": row, "labels": row} for row in TOKENS]
+
+
 def finish(weights: dict[str, torch.Tensor], log: dict) -> None:
     if RANK == 0:
         save_file({name: w.contiguous().clone() for name, w in weights.items()}, f"{OUTPUT}.safetensors")
@@ -57,21 +75,9 @@ def with_trainer() -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(MODEL, distributed_config=parallel)
     if MODE == "nan" and RANK == 1:
         model.model.layers[1].mlp.up_proj.weight.to_local().data[-1, -1] = torch.nan
-    arguments = tf.TrainingArguments(
-        str(OUTPUT),
-        per_device_train_batch_size=BATCH // WORLD,
-        max_steps=STEPS,
-        learning_rate=LR,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=4,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     schedule = {"every": 3, "warmup": 2, "cooldown": 2}
     callback = BackSlashCallback(LAMBDA, shape=SHAPE, grid=2**-7, **schedule)
-    trainer = tf.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    trainer = tf.Trainer(model, arguments(), train_dataset=rows(), callbacks=[callback])
     try:
         trainer.train()
     except ValueError as error:
@@ -106,19 +112,7 @@ def with_adapter() -> None:
         model = peft.get_peft_model(model, config)
     except ValueError as error:
         finish({}, {"error": str(error)})
-    arguments = tf.TrainingArguments(
-        str(OUTPUT),
-        per_device_train_batch_size=BATCH // WORLD,
-        max_steps=STEPS,
-        learning_rate=LR,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=4,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
-    trainer = tf.Trainer(model, arguments, train_dataset=rows)
+    trainer = tf.Trainer(model, arguments(), train_dataset=rows())
     trainer.train()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     finish(weights, {"world": WORLD, "log": trainer.state.log_history[0]})

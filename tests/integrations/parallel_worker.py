@@ -185,13 +185,19 @@ def round_trip(family: str, parallel: dict, **config) -> dict[str, float]:
             model = load(full_precision(family), parallel, quantization_config=GGConfig(**config))
         if family != "gpt_oss" or "tp_size" not in parallel or "ep_size" in parallel:
             assert_split(model)  # GPT-OSS has no plan for tensor parallelism but of its head
-        measured[f"{family} {name} {kind}"] = difference(logits(model), expected(source))
-        path = saved(model, FOLDER / family / f"saved {name} {kind}")
-        assert_same_files(path, source)
-        assert torch.equal(logits(load(path)), expected(source)), "reloaded in one process"
-        dist.barrier()
-    assert max(measured.values()) <= TOLERANCE, measured
+        measured |= same_as(source, model, family, f"{name} {kind}")
     return measured
+
+
+def same_as(source: Path, model: nn.Module, family: str, name: str) -> dict[str, float]:
+    """A model over processes has a checkpoint's logits, saves its bits, and reloads as it."""
+    apart = difference(logits(model), expected(source))
+    path = saved(model, FOLDER / family / f"saved {name}")
+    assert_same_files(path, source)
+    assert torch.equal(logits(load(path)), expected(source)), "reloaded in one process"
+    dist.barrier()
+    assert apart <= TOLERANCE, (family, name, apart)
+    return {f"{family} {name}": apart}
 
 
 # --- losses and gradients ---
@@ -585,13 +591,7 @@ def loaded_in_parts(family: str, parallel: dict, **config) -> dict[str, float]:
     model = load(source, parallel)
     assert_split(model)
     name = " ".join(f"{key}={value}" for key, value in (parallel | config).items())
-    measured = {f"{family} {name}": difference(logits(model), expected(source))}
-    path = saved(model, FOLDER / family / f"saved {name}")
-    assert_same_files(path, source)
-    assert torch.equal(logits(load(path)), expected(source)), "reloaded in one process"
-    dist.barrier()
-    assert max(measured.values()) <= TOLERANCE, measured
-    return measured
+    return same_as(source, model, family, name)
 
 
 @check(FAST)
