@@ -22,12 +22,13 @@ MIN_TESTS ?= tests
 MIN_TRANSFORMERS ?= $(shell sed -n 's/^transformers==//p' constraints-min.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install venv peers demo test test-all test-min lint format types bench clean
+.PHONY: help install venv peers demo test test-all test-min lint format types docs bench clean
 
 help:
 	@echo "make demo      quantize a real model, write text, save, reload, and print the table of size and perplexity"
 	@echo "make test      the fast tests        make test-all  the slow ones too     make test-min  oldest dependencies"
 	@echo "make lint      ruff, Dockerfile      make types     mypy                  make bench     benchmarks/*.py"
+	@echo "make docs      the site, into build/site"
 	@echo "make peers     other quantizers for the demo's table"
 	@echo "make install   what a user needs (the Dockerfile's step)                  make venv      what a developer needs"
 
@@ -82,6 +83,10 @@ format: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# The warning is of Material about a MkDocs 2 that it will not run on.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(READY)
 	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done

@@ -10,19 +10,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from .. import __version__
 
 
-# Name: (module, one line of help).
+# Name: (module, one line of help), in the order of use.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
+    "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+    "completion": ("hf_gg.cli.completion", "print the completion script of a shell"),
 }
 
 DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."
+
+EPILOG = """\
+examples:
+  hf-gg inspect MODEL --html report.html        which law the weights follow, what coding them would cost
+  hf-gg compress MODEL OUT --target-bits 5      entropy-coded; the stock from_pretrained("OUT") opens it
+  eval "$(hf-gg completion bash)"               complete commands and options in this shell
+
+MODEL is a name on the hub or a folder. `hf-gg COMMAND --help` has more examples. Results go to standard output
+(--json: as JSON), progress and errors to standard error; progress bars appear on terminals only.
+exit codes: 0 done, 1 an error (one line; the traceback with --debug), 2 wrong usage, 130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
-    parser = build_parser(load=command)
+    parser = build_parser(() if command is None else (command,))
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:  # --help, --version and wrong usage
@@ -49,30 +60,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hf-gg … | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what is buffered must not be written at exit)
         return 0
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         if args.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)):
+            message = f"unexpected {type(error).__name__}: {message} (--debug shows where)"
         print(f"hf-gg {args.command}: error: {message}", file=sys.stderr)
         return 1
 
 
-def build_parser(load: str | None = None) -> argparse.ArgumentParser:
+def build_parser(load: Collection[str] = ()) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
-        load: the command whose module is imported and whose arguments are added; the others are only listed.
+        load: the commands whose modules are imported and whose arguments are added; the others are only listed.
     """
-    parser = argparse.ArgumentParser(prog="hf-gg", description=DESCRIPTION)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="hf-gg", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"hf-gg {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name == load:
+        # before the command or after it: a default here would undo the former
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        if name in load:
             loaded = import_module(module)
             sub.description = loaded.__doc__
-            sub.formatter_class = argparse.RawDescriptionHelpFormatter
+            sub.formatter_class = layout
             loaded.add_arguments(sub)
             sub.set_defaults(run=loaded.run)
     return parser
