@@ -283,10 +283,11 @@ def test_embeddings_of_any_length(tmp_path):
 
 def test_a_failure_is_routed_as_its_like_that_succeeds(tmp_path):
     """Known geometry: each failing prompt has one success beside it, whose routing in the base it must take on."""
-    data = [{"prompt": "ab"[i % 2] * (3 + i), "answer": "x", "success": i < 2} for i in range(4)]
+    prompts = ["one:", "two?", "3 + 4 =", "Four, said X."]
+    data = [{"prompt": prompt, "answer": "x", "success": i < 2} for i, prompt in enumerate(prompts)]
     points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     places = {row["prompt"]: point for row, point in zip(data, points)}
-    options = {"manifold_weight": 1e4, "k": 1, "radius": 0.5, "max_steps": 60, "per_device_train_batch_size": 4}
+    options = {"manifold_weight": 1e4, "k": 1, "radius": 0.5, "max_steps": 60, "lr_scheduler_type": "linear"}
     model = moe("olmoe")
     trainer = RoMATrainer(
         model,
@@ -302,7 +303,7 @@ def test_a_failure_is_routed_as_its_like_that_succeeds(tmp_path):
     last = (trainer.describe(data).r[2:] - base[:2]).square().sum(1)
     losses = [entry["manifold_loss"] for entry in trainer.state.log_history if "manifold_loss" in entry]
     assert losses[0] == pytest.approx(float(first.sum()) / 4, rel=1e-4)
-    assert bool((last < 0.02 * first).all()), (first, last)
+    assert bool((last < 0.05 * first).all()), (first, last)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
