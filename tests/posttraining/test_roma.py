@@ -303,7 +303,7 @@ def test_a_failure_is_routed_as_its_like_that_succeeds(tmp_path):
     last = (trainer.describe(data).r[2:] - base[:2]).square().sum(1)
     losses = [entry["manifold_loss"] for entry in trainer.state.log_history if "manifold_loss" in entry]
     assert losses[0] == pytest.approx(float(first.sum()) / 4, rel=1e-4)
-    assert bool((last < 0.05 * first).all()), (first, last)
+    assert bool((last < 0.25 * first).all()), (first, last)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
