@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +24,9 @@ from .routers import Router, find_routers
 
 WEIGHTS, CONFIG = "router_adapter.safetensors", "router_adapter.json"
 _FORMAT = 1
+_OF_FILES = ("format", "parameters", "sha256")
+_PROBE, _PLACES = "base_probe", 64
+_LEAST = 0.5  # cosine of probes; fine-tuned and rounded bases have 0.9 and more, other models about 0
 
 
 class RouterAdapter:
@@ -33,12 +40,14 @@ class RouterAdapter:
 
     Args:
         weights: by the name of the parameter in the base model.
-        settings: what else `router_adapter.json` says, such as the settings of the training.
+        settings: what else `router_adapter.json` says, such as the settings of the training. `base_probe`, some
+            numbers of the base's embeddings, is compared with the model that the weights are put into.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], settings: dict[str, Any] | None = None) -> None:
         self.weights, self.settings = weights, settings or {}
         self._base: dict[str, torch.Tensor] | None = None
+        self._model: Any = None
 
     @classmethod
     def from_model(
@@ -47,6 +56,8 @@ class RouterAdapter:
         """The weights of a model's routers as they are now. Of a sharded model, each process must call it."""
         weights = {name: _whole(p).clone() for name, p in router_parameters(routers).items()}
         about = {"base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None}
+        if _PROBE not in (settings or {}):
+            about[_PROBE] = probe(model)
         return cls(weights, {**about, **(settings or {})})
 
     @classmethod
@@ -68,21 +79,27 @@ class RouterAdapter:
                 if not file.is_file():
                     raise FileNotFoundError(f"{folder} holds no router adapter: {file.name} is missing.")
         else:
-            files = [Path(hf_hub_download(str(source), name, **hub)) for name in (CONFIG, WEIGHTS)]
+            try:
+                files = [Path(hf_hub_download(str(source), name, **hub)) for name in (CONFIG, WEIGHTS)]
+            except HFValidationError as error:
+                raise FileNotFoundError(f"{source} is no folder, and no name of a repository on the hub.") from error
         try:
             settings = json.loads(files[0].read_text(encoding="utf-8"))
             weights = load_file(files[1])
+            digest = hashlib.sha256(files[1].read_bytes()).hexdigest()
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError, OSError) as error:
             raise ValueError(f"the router adapter in {source} is damaged: {error}. Save it again.") from error
         if not isinstance(settings, dict) or settings.get("format") != _FORMAT:
             found = settings.get("format") if isinstance(settings, dict) else settings
             raise ValueError(f"{files[0]}: format must be {_FORMAT}, got {found!r}; a later release may read it.")
-        if settings.get("parameters") != sorted(weights):
-            raise ValueError(f"{source}: {CONFIG} and {WEIGHTS} do not belong together. Save the adapter again.")
+        if settings.get("parameters") != sorted(weights) or settings.get("sha256") != digest:
+            raise ValueError(
+                f"{source}: {CONFIG} and {WEIGHTS} do not belong together, or one is damaged. Save the adapter again."
+            )
         for name, value in weights.items():
             if not value.is_floating_point() or not bool(value.isfinite().all()):
                 raise ValueError(f"{files[1]}: {name} is not floating point, or holds NaN or infinity. Save it again.")
-        return cls(weights, {key: value for key, value in settings.items() if key not in ("format", "parameters")})
+        return cls(weights, {key: value for key, value in settings.items() if key not in _OF_FILES})
 
     def save_pretrained(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **hub: Any) -> None:
         """Write both files into a folder, each whole or not at all.
@@ -94,9 +111,11 @@ class RouterAdapter:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"format": _FORMAT, "parameters": sorted(self.weights), **self.settings}
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
             save_file({name: w.contiguous() for name, w in self.weights.items()}, Path(aside, WEIGHTS))
+            digest = hashlib.sha256(Path(aside, WEIGHTS).read_bytes()).hexdigest()
+            own = dict(zip(_OF_FILES, (_FORMAT, sorted(self.weights), digest), strict=True))
+            about = {**self.settings, **own}
             Path(aside, CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(aside, name), folder / name)
@@ -117,20 +136,21 @@ class RouterAdapter:
         """Put the weights in the place of the model's own, which are kept for `unload`.
 
         Raises:
-            ValueError: the model has no such router, or one of another shape.
+            ValueError: the model has no such router, one of another shape, or is another than the adapter's base.
         """
         if self._base is not None:
             raise ValueError("the adapter is on a model already: unload it there first.")
-        self._base = self._exchange(model, self.weights)
+        self._base, self._model = self._exchange(model, self.weights), weakref.ref(model)
 
     def unload(self, model: nn.Module) -> None:
         """Give the model its own weights back.
 
         Raises:
-            ValueError: the adapter is not on a model.
+            ValueError: the adapter is not on this model.
         """
         if self._base is None:
             raise ValueError("the adapter is not on a model, or was merged.")
+        self._must_be_on(model)
         self._exchange(model, self._base)
         self._base = None
 
@@ -138,11 +158,37 @@ class RouterAdapter:
         """Put the weights into the model for good.
 
         Raises:
-            ValueError: as `load_onto`.
+            ValueError: as `load_onto`; the adapter is on another model.
         """
         if self._base is None:
             self._exchange(model, self.weights)
+        else:
+            self._must_be_on(model)
         self._base = None
+
+    def check_base(self, model: nn.Module) -> None:
+        """Compare a model with the one that the adapter was made of; an adapter without a probe fits any.
+
+        Raises:
+            ValueError: the model's embeddings are others.
+        """
+        stored, found = self.settings.get(_PROBE), probe(model)
+        if stored is None or found is None:
+            return
+        try:
+            wanted = torch.tensor(stored, dtype=torch.float32).reshape(_PLACES)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{_PROBE} of the adapter must be {_PLACES} numbers. Save the adapter again.") from error
+        likeness = float(torch.cosine_similarity(wanted, torch.tensor(found), dim=0))
+        if not likeness >= _LEAST:
+            raise ValueError(
+                f"the adapter is of another base model ({self.settings.get('base_model')}): the embeddings' likeness "
+                f"is {likeness:.2f} of 1. Load it onto the model that it was trained on."
+            )
+
+    def _must_be_on(self, model: nn.Module) -> None:
+        if self._model() is not model:
+            raise ValueError("the adapter is on another model: unload it there, or read the adapter anew.")
 
     def _exchange(self, model: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         parameters = router_parameters(find_routers(model))
@@ -155,6 +201,8 @@ class RouterAdapter:
                     f"{name} has the shape {list(value.shape)} in the adapter and {list(shape)} in the model: it "
                     "belongs to another base model."
                 )
+        if new is self.weights:
+            self.check_base(model)
         old = {name: _whole(parameters[name]).clone() for name in new}
         for name, value in new.items():
             write(parameters[name], value)
@@ -179,8 +227,24 @@ def router_parameters(routers: Sequence[Router]) -> dict[str, nn.Parameter]:
             parts = name.split(".")
             if parts[0] == "parametrizations":
                 name = parts[1]
-            found[f"{router.name}.{name}"] = parameter
+            # below PEFT's model, names are those of the base
+            found[f"{router.name.removeprefix('base_model.model.')}.{name}"] = parameter
     return found
+
+
+def probe(model: nn.Module) -> list[float] | None:
+    """Some numbers of a model's embeddings, by which another model of the same sizes is known.
+
+    None where they are quantized or away. Of a sharded model, each process must call it.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if find is not None else None, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
+        return None
+    values = _whole(weight).flatten()
+    places = torch.arange(1, _PLACES + 1) * 2654435761 % len(values)
+    found = [float(f"{x:.4g}") for x in values[places].tolist()]
+    return found if any(found) and all(map(math.isfinite, found)) else None
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .describe import TOKENS
-from .neighbourhood import KINDS
+from .neighbourhood import KINDS, positive
 
 
 NEIGHBOURS = ("nearest", "random", "base")
@@ -61,7 +61,7 @@ class RoMAConfig(TrainingArguments):
             raise ValueError(f"manifold_weight must be 0 or more, got {self.manifold_weight!r}.")
         for name in ("sigma", "radius"):
             value = getattr(self, name)
-            if not (value is None and name == "radius") and not 0 < value < math.inf:
+            if not (value is None and name == "radius") and not positive(value):
                 raise ValueError(f"{name} must be positive, got {value!r}.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: rows are text, which becomes tokens later.")

@@ -235,8 +235,10 @@ def picture(
 
     basis: Any = None
     if method == "umap":
-        import umap
-
+        try:
+            import umap
+        except ImportError as error:
+            raise ImportError("method='umap' needs umap-learn: pip install umap-learn, or take 'pca'.") from error
         basis = umap.UMAP(random_state=0).fit(next(iter(parts.values())).numpy())
     figure, axes = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 4.2), dpi=110, squeeze=False)
     for axis, (title, r) in zip(axes[0], parts.items()):

@@ -98,6 +98,8 @@ def embed(
         ValueError: a cache without a key; the embedder gives NaN, infinity, another shape, or another size than the
             cache holds; a damaged file.
     """
+    if not callable(embedder) and not isinstance(embedder, (str, os.PathLike)):
+        raise TypeError(f"embedder must be a name, a folder or a callable, got {type(embedder).__name__}.")
     function = embedder if callable(embedder) else SentenceEmbedder(embedder)
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
     found: dict[str, torch.Tensor] = {}
@@ -105,7 +107,10 @@ def embed(
     if cache is not None:
         name = key or getattr(function, "key", None)
         if not isinstance(name, str):
-            raise ValueError("embedder is a callable without a name: give key, which marks its embeddings in a cache.")
+            raise ValueError(
+                "embedder is a callable without a name: give key, or the callable an attribute `key`, which marks its "
+                "embeddings in a cache."
+            )
         folder = Path(cache) / hashlib.sha256(name.encode()).hexdigest()[:24]
         found = _read(folder, set(digests))
     size = next(iter(found.values())).numel() if found else None
@@ -141,7 +146,13 @@ def default_cache() -> Path | None:
 
 
 def _checked(vectors: object, texts: Sequence[str]) -> torch.Tensor:
-    tensor = torch.as_tensor(vectors).detach().cpu().float()  # NumPy's arrays too
+    try:
+        if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], torch.Tensor):
+            vectors = torch.stack(tuple(vectors))
+        tensor = torch.as_tensor(vectors).detach().cpu().float()  # NumPy's arrays too
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(vectors).__name__
+        raise ValueError(f"embedder must give [{len(texts)}, dimensions], got {got}: {error}.") from error
     if tensor.ndim != 2 or len(tensor) != len(texts) or not tensor.shape[1]:
         raise ValueError(f"embedder must give [{len(texts)}, dimensions] for as many texts, got {[*tensor.shape]}.")
     finite = tensor.isfinite().all(1)
@@ -158,7 +169,8 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                texts = (file.metadata() or {}).get("texts", "").split()
+                about = file.metadata() or {}
+                texts = about.get("texts", "").split()
                 if not wanted.intersection(texts):
                     continue
                 vectors = file.get_tensor("embeddings")
@@ -168,11 +180,15 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} is damaged: {[*vectors.shape]} {vectors.dtype}, {len(texts)} texts. Remove it.")
         if size is not None and vectors.shape[1] != size:
             raise ValueError(f"{path} holds {vectors.shape[1]} dimensions, other files {size}: remove it.")
-        if not bool(vectors.isfinite().all()):
-            raise ValueError(f"{path} is damaged: it holds NaN or infinity. Remove it.")
+        if about.get("sha256") != _digest(vectors):
+            raise ValueError(f"{path} is damaged: its checksum does not fit. Remove it.")
         size = vectors.shape[1]
         found |= {text: vectors[row] for row, text in enumerate(texts) if text in wanted}
     return found
+
+
+def _digest(vectors: torch.Tensor) -> str:
+    return hashlib.sha256(vectors.numpy()).hexdigest()
 
 
 def _write(folder: Path, vectors: dict[str, torch.Tensor]) -> None:
@@ -181,7 +197,8 @@ def _write(folder: Path, vectors: dict[str, torch.Tensor]) -> None:
     handle, aside = tempfile.mkstemp(prefix=".new-", dir=folder)
     os.close(handle)
     try:
-        save_file({"embeddings": torch.stack([*vectors.values()])}, aside, metadata={"texts": " ".join(vectors)})
+        tensor = torch.stack([*vectors.values()])
+        save_file({"embeddings": tensor}, aside, metadata={"texts": " ".join(vectors), "sha256": _digest(tensor)})
         os.replace(aside, folder / f"{name}.safetensors")
     finally:
         Path(aside).unlink(missing_ok=True)

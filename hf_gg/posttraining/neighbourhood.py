@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -23,7 +25,8 @@ def neighbourhood(
     With `kind="gaussian"` they are the nearest ones and sim = exp(−‖E_i − E_j‖² / 2σ²) (equation 5 of arXiv
     2511.07419); with `"cosine"`, the variant of the authors' script, those of the largest cosine, which is also sim
     (negative ones count as 0). W_ij = sim_ij / Σ_j sim_ij. The search goes through the samples in blocks, with memory
-    for one block of distances; the distances that order and weigh the chosen ones are exact.
+    for one block of distances; the distances that order and weigh the chosen ones are exact, and a block where
+    rounding could hide nearer ones is searched again in float64. Of many at the same distance, any may be taken.
 
     Args:
         embeddings: floating point, [samples, dimensions].
@@ -39,7 +42,7 @@ def neighbourhood(
         Where a sample has fewer neighbours, the rest has index −1 and weight 0.
 
     Raises:
-        TypeError: `success` is not bool.
+        TypeError: `success` is not bool, `embeddings` no real numbers.
         ValueError: shapes that do not fit, embeddings that are not finite, no success, fewer than k, or another
             argument that makes no sense.
     """
@@ -54,9 +57,17 @@ def neighbourhood(
             raise ValueError(f"embeddings[{row}] is zero, which has no cosine: leave the sample out.")
         points = points / norms
     members = success.to(points.device).nonzero()[:, 0]
-    pool, squares = points[members], points[members].square().sum(1)
-    rows = max(1, _BLOCK // len(members))
-    found = [_block(points, s, rows, members, pool, squares, k, radius) for s in range(0, len(points), rows)]
+    unit, centre = _frame(points)
+    pool = _moved(points[members], unit, centre)
+    squares, rows = pool.square().sum(1), max(1, _BLOCK // len(members))
+    found, wide = [], None
+    for start in range(0, len(points), rows):
+        here = torch.arange(start, min(start + rows, len(points)), device=members.device)
+        block, sure = _block(points, here, members, pool, squares, unit, centre, k, radius)
+        if not sure and pool.dtype != torch.float64:
+            wide = _moved(points[members].double(), unit, centre) if wide is None else wide
+            block, _ = _block(points, here, members, wide, wide.square().sum(1), unit, centre, k, radius)
+        found.append(block)
     width = k if k is not None else max(index.shape[1] for index, _ in found)
     index = torch.cat([_widened(index, width, -1) for index, _ in found])
     distance = torch.cat([_widened(distance, width, torch.inf) for _, distance in found])
@@ -117,28 +128,44 @@ def random_neighbours(success: torch.Tensor, k: int = 3, seed: int = 0) -> tuple
     return index, here / here.sum(1, keepdim=True).clamp(min=1)
 
 
-def _block(points, start, rows, members, pool, squares, k, radius):
-    """Index and squared distance of the neighbours of some samples, [rows, neighbours]."""
-    own = points[start : start + rows]
+def _frame(points: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """A unit, a power of two, and the centre in it: near the origin, products lose the least of a distance."""
+    largest = max(abs(float(x)) for x in points.aminmax())
+    unit = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+    return unit, points.mean(0, dtype=torch.float64) / unit
+
+
+def _moved(points: torch.Tensor, unit: float, centre: torch.Tensor) -> torch.Tensor:
+    return points.div(unit).sub_(centre.to(points.dtype))
+
+
+def _block(points, here, members, pool, squares, unit, centre, k, radius):
+    """Index and squared distance of the neighbours of some samples, [rows, neighbours]; whether they are sure."""
+    own = _moved(points[here].to(pool.dtype), unit, centre)
     distance = torch.addmm(squares[None], own, pool.T, alpha=-2).add_(own.square().sum(1, keepdim=True))
     # the sample itself: its place in the pool, if it has one
-    places = torch.searchsorted(members, torch.arange(start, start + len(own), device=members.device))
-    places.clamp_(max=len(members) - 1)
-    inside = members[places] == torch.arange(start, start + len(own), device=members.device)
+    places = torch.searchsorted(members, here).clamp_(max=len(members) - 1)
+    inside = members[places] == here
     distance[inside.nonzero()[:, 0], places[inside]] = torch.inf
+    # sums of products are off by less
+    slack = 16 * torch.finfo(pool.dtype).eps * float(squares.max() + own.square().sum(1).max())
     if k is not None:
         count = min(k + _SPARE, len(members))
     else:
-        # products of float32 are off by some 1e-7 of the squares: what lies on the rim is decided below
-        slack = 1e-5 * (squares.max() + own.square().sum(1).max())
-        count = max(1, int((distance <= radius**2 + slack).sum(1).max()))
+        count = max(1, int((distance <= (radius / unit) ** 2 + slack).sum(1).max()))
     chosen = _smallest(distance, count)
     alone = (chosen == places[:, None]) & inside[:, None]
     exact = torch.empty(chosen.shape, dtype=torch.float64, device=points.device)
     for at in range(0, len(own), part := max(1, _BLOCK // (4 * count * points.shape[1]))):
-        difference = pool[chosen[at : at + part]].double() - own[at : at + part, None].double()
-        exact[at : at + part] = difference.square().sum(2)
+        rows = slice(at, at + part)
+        difference = points[members[chosen[rows]]].double() - points[here[rows], None].double()
+        exact[rows] = difference.square().sum(2)
     exact.masked_fill_(alone, torch.inf)
+    sure = k is None or count == len(members)
+    if not sure:
+        # what was not chosen is as far as the farthest chosen one, less the slack
+        farthest = distance.gather(1, chosen).amax(1).double() - slack
+        sure = bool((exact.kthvalue(k, 1).values / unit**2 <= farthest).all())
     if radius is not None:
         exact.masked_fill_(exact > radius**2, torch.inf)
     # by index first, so that of equally near ones the first stands first
@@ -149,7 +176,7 @@ def _block(points, start, rows, members, pool, squares, k, radius):
     if k is None:
         width = int(exact.isfinite().sum(1).max())
         exact, index = exact[:, :width], index[:, :width]
-    return index.masked_fill(exact.isinf(), -1), exact
+    return (index.masked_fill(exact.isinf(), -1), exact), sure
 
 
 def _smallest(x: torch.Tensor, count: int, group: int = 32) -> torch.Tensor:
@@ -188,17 +215,25 @@ def _weights(index: torch.Tensor, distance: torch.Tensor, sigma: float, kind: st
     return (similarity / total.masked_fill(total == 0, 1)).float()
 
 
+def positive(value: object) -> bool:
+    """Whether it is a number above 0 and below infinity."""
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
 def _check(embeddings, success, k, sigma, kind, radius) -> None:
+    if not isinstance(embeddings, torch.Tensor) or embeddings.is_complex():
+        what = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+        raise TypeError(f"embeddings must be a tensor of real numbers, got {what}.")
     if embeddings.ndim != 2 or not embeddings.shape[1]:
         raise ValueError(f"embeddings must be [samples, dimensions], got {list(embeddings.shape)}.")
     if success.shape != embeddings.shape[:1]:
         raise ValueError(f"success must be [{len(embeddings)}], one for each embedding, got {list(success.shape)}.")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"sigma must be positive, got {sigma}.")
-    if radius is not None and not 0 < radius < float("inf"):
-        raise ValueError(f"radius must be positive, or None for any distance, got {radius}.")
+    if not positive(sigma):
+        raise ValueError(f"sigma must be positive, got {sigma!r}.")
+    if radius is not None and not positive(radius):
+        raise ValueError(f"radius must be positive, or None for any distance, got {radius!r}.")
     if k is None and radius is None:
         raise ValueError("k=None takes all neighbours within radius: give radius, or a number.")
     for start in range(0, len(embeddings), 8192):

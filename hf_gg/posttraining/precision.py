@@ -26,11 +26,14 @@ class Rounded(nn.Module):
         return x.to(self.dtype)
 
 
-def keep_in_float32(routers: Sequence[Router]) -> list[tuple[nn.Module, str]]:
+Changed = tuple[nn.Module, str, nn.Parameter]
+
+
+def keep_in_float32(routers: Sequence[Router]) -> list[Changed]:
     """Make float32 parameters of those in half precision, as long as a training runs.
 
     Returns:
-        Module and parameter, for `round_back`.
+        Module, name and the parameter itself, for `round_back`.
 
     Raises:
         ValueError: one is sharded already.
@@ -48,14 +51,14 @@ def keep_in_float32(routers: Sequence[Router]) -> list[tuple[nn.Module, str]]:
             exact = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
             parametrize.register_parametrization(router.module, name, Rounded(parameter.dtype), unsafe=True)
             router.module.parametrizations[name].original = exact  # type: ignore[union-attr, operator, index]
-            changed.append((router.module, name))
+            changed.append((router.module, name, parameter))
     return changed
 
 
-def round_back(changed: Sequence[tuple[nn.Module, str]]) -> None:
-    """Make ordinary parameters of those that `keep_in_float32` changed."""
-    for module, name in changed:
-        exact = module.parametrizations[name].original  # type: ignore[union-attr, operator, index]
-        value, trained = getattr(module, name).detach(), exact.requires_grad
+@torch.no_grad()
+def round_back(changed: Sequence[Changed]) -> None:
+    """Put the parameters that `keep_in_float32` changed back, with the rounded values."""
+    for module, name, parameter in changed:
+        parameter.copy_(getattr(module, name))
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        setattr(module, name, nn.Parameter(value, requires_grad=trained))
+        setattr(module, name, parameter)

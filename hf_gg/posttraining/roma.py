@@ -18,22 +18,24 @@ it right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter import RouterAdapter, router_parameters, write
+from .adapter import RouterAdapter, probe, router_parameters, write
 from .config import RoMAConfig
 from .describe import Description, describe, diagnose, neighbour_overlap, picture
 from .embedding import SentenceEmbedder, default_cache, embed
+from .freezing import Frozen, as_adapter, unsupported
 from .neighbourhood import manifold_loss, manifold_terms, neighbourhood, random_neighbours
 from .precision import keep_in_float32, round_back
 from .routers import capture, choose_routers, find_routers, last_positions, register_router, routing
@@ -68,7 +70,7 @@ STATE = "roma_state.safetensors"
 
 
 class RoMATrainer(Trainer):
-    """A `Trainer` that trains the chosen routers of a model and nothing else.
+    """A `Trainer` that trains the chosen routers of a model and nothing else, which is frozen until `train` ends.
 
     When a training begins, it asks the base model for the answers, embeds the prompts, looks for neighbours and takes
     the snapshot of their routing; without a manifold weight, it does not. A checkpoint holds the router weights and
@@ -106,11 +108,11 @@ class RoMATrainer(Trainer):
             raise TypeError(f"args must be a RoMAConfig, got {type(args).__name__}.")
         if processing_class is None:
             raise ValueError("processing_class must be the model's tokenizer: prompts and answers are text.")
+        if args.n_gpu > 1 or args.torch_compile:
+            raise unsupported("torch_compile" if args.torch_compile else "DataParallel")
         self.routers = choose_routers(model, args.layers or args.moe_layers)
-        parameters = router_parameters(self.routers)
-        model.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        router_parameters(self.routers)
+        self._probe = probe(model)
         self.embedder = embedder
         self.ready = False
         self.index = self.weight = self.success = self.snapshot = self.slots = torch.empty(0)
@@ -126,7 +128,9 @@ class RoMATrainer(Trainer):
         own = train_dataset
         if train_dataset is not None:
             own = _samples(train_dataset, processing_class, args.max_length, "train_dataset")
-        with _as_adapter(model):
+        self._frozen = Frozen(model, self.routers)
+        with self._frozen.on_errors(), as_adapter(model):
+            self._frozen.freeze()
             super().__init__(
                 model=model,
                 args=args,
@@ -136,23 +140,24 @@ class RoMATrainer(Trainer):
                 processing_class=processing_class,
                 **others,
             )
-        if self.is_deepspeed_enabled or args.n_gpu > 1 or args.torch_compile:
-            what = (
-                "DeepSpeed" if self.is_deepspeed_enabled else "torch_compile" if args.torch_compile else "DataParallel"
-            )
-            raise ValueError(
-                f"{what} is not supported: start one process for each device (torchrun), with DDP or FSDP 2, without "
-                "compilation; the frozen part of the model needs neither gradients nor optimizer states."
-            )
+            if self.is_deepspeed_enabled:
+                raise unsupported("DeepSpeed")
         self.add_callback(_Steps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; router weights of less than 32 bits are trained as rounded float32 ones."""
+        """As `Trainer.train`; router weights of less than 32 bits are trained as rounded float32 ones.
+
+        Whether the model is in training mode, and which parameters want gradients, is afterwards as it was before.
+        """
+        mode = self.model.training
+        self._frozen.freeze()
         precise = [] if self.is_fsdp_enabled else keep_in_float32(self.routers)
         try:
             return super().train(*args, **kwargs)
         finally:
             round_back(precise)
+            self._frozen.undo()
+            self.model.train(mode)
 
     def prepare(self) -> None:
         """Find successes, neighbours and the snapshot of their routing, unless they are there already.
@@ -180,6 +185,11 @@ class RoMATrainer(Trainer):
                 embeddings.to(args.device), self.success, args.k, args.sigma, args.similarity, args.radius
             )
             self.index, self.weight = index.cpu(), weight.cpu()
+        if not bool((self.index >= 0).any()):
+            raise ValueError(
+                f"no sample has a neighbour: {int(self.success.sum())} of {len(samples)} are answered right, "
+                f"radius={args.radius}. Give more samples, or a larger radius."
+            )
         self._take(self.before.r)
 
     def describe(self, rows: Any) -> Description:
@@ -246,12 +256,13 @@ class RoMATrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """Save a `RouterAdapter` of the routers, the tokenizer and, in checkpoints, what resuming needs."""
         folder = Path(output_dir or str(self.args.output_dir))
-        adapter = RouterAdapter.from_model(self.model, self.routers, self.args.settings())  # gathers, in each process
+        settings = {**self.args.settings(), "base_probe": self._probe}
+        adapter = RouterAdapter.from_model(self.model, self.routers, settings)  # gathers, in each process
         if self.args.should_save:
             adapter.save_pretrained(folder)
             if self.ready and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 aside = folder / f".{STATE}"
-                save_file(self._state(), aside)
+                save_file(self._state(), aside, metadata={"of": self._of()})
                 aside.replace(folder / STATE)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
@@ -293,7 +304,13 @@ class RoMATrainer(Trainer):
         if args.embedding_cache != "none" and (args.embedding_cache or hasattr(embedder, "key")):
             cache = args.embedding_cache or default_cache()
         with args.main_process_first(desc="embeddings"):  # the others find them in the cache
-            return embed(samples.column("prompt"), embedder, cache)
+            found = embed(samples.column("prompt"), embedder, cache)
+        norms = found.norm(dim=1, keepdim=True)
+        if not bool((norms > 0).all()):
+            text = samples.column("prompt")[int((norms[:, 0] == 0).nonzero()[0])]
+            raise ValueError(f"embedder gives zero for the text {text[:80]!r}, which has no direction: leave it out.")
+        # σ and radius are for unit vectors, which a callable may not give
+        return torch.where((norms - 1).abs() > 1e-4, found / norms, found)
 
     def _take(self, r: torch.Tensor) -> None:
         """Keep the routing of all that are neighbours."""
@@ -316,6 +333,14 @@ class RoMATrainer(Trainer):
         names = ("index", "weight", "success", "slots", "snapshot")
         return {name: getattr(self, name).contiguous() for name in names}
 
+    def _of(self) -> str:
+        """What neighbours and snapshot are made of: a digest of the samples, and the settings."""
+        digest = hashlib.sha256()
+        for key in ("prompt", "answer", "success"):
+            digest.update(json.dumps(self.train_dataset.column(key)).encode())
+        names = ("k", "sigma", "similarity", "radius", "neighbours", "tokens", "mask_top_k")
+        return json.dumps({name: getattr(self.args, name) for name in names} | {"samples": digest.hexdigest()})
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Router weights, neighbours and snapshot of a checkpoint."""
         folder = Path(resume_from_checkpoint)
@@ -324,10 +349,16 @@ class RoMATrainer(Trainer):
             return
         try:
             state = load_file(folder / STATE)
-        except (OSError, SafetensorError) as error:
+            with safe_open(folder / STATE, "pt") as file:
+                made = json.loads((file.metadata() or {}).get("of", "{}"))
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder / STATE} is missing or damaged ({error}): resume from another one.") from error
-        if set(state) != set(self._state()) or len(state["index"]) != len(self.train_dataset):
+        own = json.loads(self._of())
+        if set(state) != set(self._state()) or made.get("samples") != own["samples"]:
             raise ValueError(f"{folder} is a checkpoint of a training on other samples: give the same train_dataset.")
+        for name, value in own.items():
+            if made.get(name) != value:
+                raise ValueError(f"{folder} was made with {name}={made.get(name)!r}, not {value!r}: give the same.")
         for name, value in state.items():
             setattr(self, name, value)
         self.ready = True
@@ -340,6 +371,7 @@ class RoMATrainer(Trainer):
         shapes = {name: tuple(value.shape) for name, value in adapter.weights.items()}
         if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{folder} is a checkpoint of other routers: give the same model and layers.")
+        adapter.check_base(self.model)
         for name, value in adapter.weights.items():
             write(parameters[name], value)
 
@@ -362,17 +394,3 @@ class _Steps(TrainerCallback):
 
 def _samples(rows: Any, tokenizer: Any, max_length: int | None, name: str) -> Samples:
     return rows if isinstance(rows, Samples) else Samples(rows, tokenizer, max_length, name)
-
-
-@contextlib.contextmanager
-def _as_adapter(model: Any) -> Iterator[None]:
-    """`Trainer` refuses a quantized model without adapters; the routers, in full precision, are what is trained."""
-    before = getattr(model, "_hf_peft_config_loaded", None)
-    if not getattr(model, "is_quantized", False) or before:
-        yield
-        return
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = False

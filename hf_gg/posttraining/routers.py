@@ -36,18 +36,13 @@ class Router:
     module: nn.Module
     scores: str
 
-    @property
-    def top_k(self) -> int:
-        """Experts that a token goes to."""
-        return int(self.module.top_k)  # type: ignore[arg-type]
-
 
 def register_router(class_name: str, scores: str = "softmax") -> None:
     """Make routers of another class known.
 
     Args:
         class_name: its name; its forward must return the logits, [tokens, experts], first, then weights and indices
-            of the chosen experts, and it must have `top_k`.
+            of the chosen experts.
         scores: how logits become weights, `"softmax"` or `"sigmoid"`.
 
     Raises:
@@ -167,7 +162,7 @@ def routing(
         routers: the layers to take.
         positions: which tokens, int64 [batch] (one of each row), or bool [batch, length] (their mean).
         length: tokens in a row, padding included.
-        mask_top_k: set all but each layer's top_k largest entries of a token to zero.
+        mask_top_k: set the entries of experts that the token does not go to to zero.
 
     Returns:
         float32, [batch, sum of experts over the layers], part of the graph.
@@ -184,26 +179,27 @@ def routing(
         if tokens != len(positions) * length:
             raise ValueError(f"{router.name} saw {tokens} tokens, not {len(positions)} rows of {length}.")
         logits = logits.view(len(positions), length, -1)
+        experts = captured.experts[router.name].view(len(positions), length, -1) if mask_top_k else None
         if positions.dtype == torch.bool:
-            scores = _scores(logits, router, mask_top_k)
+            scores = _scores(logits, router, experts)
             share = positions / positions.sum(1, keepdim=True)
             layers.append((scores * share[..., None]).sum(1))
         else:
             rows = torch.arange(len(positions), device=logits.device)
-            layers.append(_scores(logits[rows, positions.to(logits.device)], router, mask_top_k))
+            places = rows, positions.to(logits.device)
+            layers.append(_scores(logits[places], router, experts[places] if experts is not None else None))
     device = layers[0].device  # a model may be spread over several
     return torch.cat([layer.to(device) for layer in layers], -1)
 
 
-def _scores(logits: torch.Tensor, router: Router, mask_top_k: bool) -> torch.Tensor:
+def _scores(logits: torch.Tensor, router: Router, experts: torch.Tensor | None) -> torch.Tensor:
     if router.scores == "softmax":
         scores = logits.float().softmax(-1)
     else:
         scores = logits.float().sigmoid()
         scores = scores / scores.sum(-1, keepdim=True)
-    if mask_top_k:
-        kept = scores.topk(router.top_k, -1).indices
-        scores = scores * torch.zeros_like(scores).scatter_(-1, kept, 1)
+    if experts is not None:
+        scores = scores * torch.zeros_like(scores).scatter_(-1, experts, 1)
     return scores
 
 

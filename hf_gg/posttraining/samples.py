@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,11 @@ class Samples(Dataset):
         if not len(rows):
             raise ValueError(f"{name} is empty.")
         self.rows, self.tokenizer, self.max_length, self.name = rows, tokenizer, max_length, name
+        if isinstance(rows, Mapping):
+            raise ValueError(f"{name} is a dictionary: give a list of rows, or datasets.Dataset.from_dict of it.")
         for i in range(len(rows)):
+            if not isinstance(rows[i], Mapping):
+                raise ValueError(f"{name}[{i}] must be a dictionary with prompt and answer, got {rows[i]!r:.80}.")
             for key in ("prompt", "answer"):
                 value = rows[i].get(key)
                 if not isinstance(value, str) or not value.strip():
@@ -47,6 +51,9 @@ class Samples(Dataset):
         row = self.rows[i]
         prompt = self.tokenizer(row["prompt"])["input_ids"]
         answer = self.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        for key, tokens in (("prompt", prompt), ("answer", answer)):
+            if not tokens:
+                raise ValueError(f"{self.name}[{i}]: the tokenizer makes no token of the {key} {row[key]!r:.80}.")
         if self.max_length is not None:
             room = self.max_length - len(answer)
             if room < 1:
@@ -71,18 +78,29 @@ class Collator:
 
     Args:
         tokenizer: of the model.
-        model: whose forward is asked whether it knows `logits_to_keep`; None for logits of all tokens.
+        model: whose forward is asked whether it knows `logits_to_keep`, and how long a text it takes; None for logits
+            of all tokens and any length.
+
+    Raises:
+        ValueError: a sample is longer than the model's context.
     """
 
     def __init__(self, tokenizer: Any, model: Any = None) -> None:
         # as Trainer looks for it
         self.tokenizer = tokenizer
         self.keeps = model is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else int(pad)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         length = max(len(row["prompt"]) + len(row["answer"]) for row in rows)
+        if self.context is not None and length > self.context:
+            at = max(rows, key=lambda row: len(row["prompt"]) + len(row["answer"]))["index"]
+            raise ValueError(
+                f"sample {at} has {length} tokens, more than the model's context of {self.context}: set "
+                f"max_length to {self.context} at most, so that the prompt loses its beginning."
+            )
         shape = (len(rows), length)
         batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad),
@@ -127,7 +145,8 @@ def candidates(samples: Samples) -> list[list[int] | None]:
     """First tokens of each row's `choices`, the right one first; None for rows without.
 
     Raises:
-        ValueError: choices without the answer among them, or two that begin with the same token.
+        ValueError: choices that are no texts, without the answer or anything else among them, or two that begin with
+            the same token.
     """
     found: list[list[int] | None] = []
     tokens: dict[str, int] = {}
@@ -136,12 +155,16 @@ def candidates(samples: Samples) -> list[list[int] | None]:
             found.append(None)
             continue
         answer = samples.rows[i]["answer"]
+        if not isinstance(choices, (list, tuple)) or not all(isinstance(c, str) and c.strip() for c in choices):
+            raise ValueError(f"{samples.name}[{i}]: choices must be a list of texts, got {choices!r:.80}.")
         if answer not in choices:
             raise ValueError(f"{samples.name}[{i}]: choices {list(choices)!r} do not hold the answer {answer!r}.")
         for choice in choices:
             if choice not in tokens:
                 tokens[choice] = samples.tokenizer(choice, add_special_tokens=False)["input_ids"][0]
         firsts = [tokens[answer], *(tokens[choice] for choice in choices if choice != answer)]
+        if len(firsts) < 2:
+            raise ValueError(f"{samples.name}[{i}]: choices hold nothing but the answer, which would always be right.")
         if len(set(firsts)) < len(firsts):
             raise ValueError(
                 f"{samples.name}[{i}]: two of the choices {list(choices)!r} begin with the same token, so that the "
@@ -172,5 +195,5 @@ def judge(logits: torch.Tensor, labels: torch.Tensor, choices: Sequence[list[int
     for i, firsts in enumerate(choices):
         if firsts is not None:
             scores = logits[i, int(last[i])][torch.tensor(firsts, device=logits.device)]
-            right[i] = bool(scores[0] > scores[1:].max()) if len(firsts) > 1 else True
+            right[i] = bool(scores[0] > scores[1:].max())
     return right

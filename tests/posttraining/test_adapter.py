@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from moe import CONFIGS, TEXT, moe
 
 from hf_gg import RouterAdapter
+from hf_gg.integrations.transformers import GGConfig, quantize_
 from hf_gg.posttraining.adapter import CONFIG, WEIGHTS
 from hf_gg.posttraining.roma import choose_routers
 
@@ -90,6 +92,45 @@ def test_other_bases():
     assert TEXT["num_hidden_layers"] == 3
 
 
+def test_same_sizes_with_other_weights():
+    """The base is known by its embeddings, in any precision and with an adapter of PEFT."""
+    model, adapter = trained("mixtral")
+    other = moe("mixtral", seed=8)
+    before = logits(other)
+    for put in (adapter.load_onto, adapter.merge):
+        with pytest.raises(ValueError, match=r"another base model .*likeness is -?0\.\d\d of 1"):
+            put(other)
+    assert torch.equal(logits(other), before)
+    for base in (moe("mixtral").bfloat16(), quantize_(moe("mixtral"), GGConfig(quantize_embeddings=True))):
+        adapter.load_onto(base)
+        adapter.unload(base)
+    wrapped = peft.get_peft_model(moe("mixtral"), peft.LoraConfig(target_modules=["q_proj"])).eval()
+    RouterAdapter.from_model(model, choose_routers(model, 2)).load_onto(wrapped)
+    assert torch.equal(logits(wrapped), logits(model))
+    assert RouterAdapter.from_model(wrapped, choose_routers(wrapped, 2)).weights.keys() == adapter.weights.keys()
+    adapter.settings["base_probe"] = [1.0, 2.0]
+    with pytest.raises(ValueError, match="base_probe of the adapter must be 64 numbers"):
+        adapter.merge(moe("mixtral"))
+    del adapter.settings["base_probe"]
+    adapter.merge(other)
+
+
+def test_on_one_model_at_a_time():
+    """What belongs to one model is neither given to another, nor forgotten."""
+    _, adapter = trained("mixtral")
+    one, two = moe("mixtral"), moe("mixtral")
+    with torch.no_grad():
+        two.model.layers[2].mlp.gate.weight.mul_(2)
+    before = logits(one), logits(two)
+    adapter.load_onto(one)
+    for wrong in (adapter.unload, adapter.merge):
+        with pytest.raises(ValueError, match="on another model"):
+            wrong(two)
+    assert torch.equal(logits(two), before[1])
+    adapter.unload(one)
+    assert torch.equal(logits(one), before[0])
+
+
 def test_a_save_that_dies_leaves_the_old_one(tmp_path, monkeypatch):
     _, adapter = trained("mixtral")
     adapter.save_pretrained(tmp_path)
@@ -108,16 +149,28 @@ def test_a_save_that_dies_leaves_the_old_one(tmp_path, monkeypatch):
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no router adapter: router_adapter.json is missing"):
         RouterAdapter.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no folder, and no name of a repository"):
+        RouterAdapter.from_pretrained(tmp_path / "nothing" / "here")
+    (tmp_path / "file").touch()
     _, adapter = trained("mixtral")
+    with pytest.raises(OSError, match="file"):
+        adapter.save_pretrained(tmp_path / "file")
     adapter.save_pretrained(tmp_path)
     good = json.loads((tmp_path / CONFIG).read_text())
     for change, message in (
         ({"format": 2}, "format must be 1, got 2"),
         ({"parameters": []}, "do not belong together"),
+        ({"sha256": None}, "do not belong together, or one is damaged"),
     ):
         (tmp_path / CONFIG).write_text(json.dumps({**good, **change}))
         with pytest.raises(ValueError, match=message):
             RouterAdapter.from_pretrained(tmp_path)
+    adapter.save_pretrained(tmp_path)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="one is damaged"):
+        RouterAdapter.from_pretrained(tmp_path)
     adapter.weights = {name: w * torch.nan for name, w in adapter.weights.items()}
     adapter.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds NaN or infinity"):
@@ -127,7 +180,7 @@ def test_bad_files(tmp_path):
 @given(st.sampled_from([CONFIG, WEIGHTS]), st.binary(max_size=40), st.integers(0, 5000), st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 def test_damaged_files(tmp_path, name, noise, at, cut):
-    """A ValueError, or an adapter of finite weights."""
+    """A ValueError, or the adapter that was saved."""
     _, adapter = trained("mixtral")
     adapter.save_pretrained(tmp_path)
     content = (tmp_path / name).read_bytes()
@@ -139,7 +192,7 @@ def test_damaged_files(tmp_path, name, noise, at, cut):
         if str(tmp_path) not in str(error):
             raise
     else:
-        assert all(bool(w.isfinite().all()) for w in found.weights.values())
+        assert all(torch.equal(w, adapter.weights[key]) for key, w in found.weights.items())
 
 
 SCRIPT = """

@@ -111,6 +111,28 @@ def test_half_precision_and_float64_embeddings():
     assert torch.equal(half[0], neighbourhood(points.bfloat16().float(), success, 3)[0])
 
 
+def cloud(seed: int) -> torch.Tensor:
+    return torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        1000 + 0.01 * cloud(0),
+        1e20 * cloud(1),
+        1e-25 * cloud(2),
+        1e-5 * cloud(3) + (torch.arange(200) % 2)[:, None],  # no shift brings both crowds to the origin
+        cloud(4).index_fill(0, torch.tensor([7]), 1e6),
+    ],
+)
+def test_rounding_hides_no_neighbour(points):
+    """Embeddings with a common part, of any size, in crowds: what float32 products alone would get wrong."""
+    index, weight = neighbourhood(points, torch.ones(200, dtype=torch.bool), 3, float(points.double().std()))
+    exact = (points.double()[:, None] - points.double()[None]).square().sum(2).fill_diagonal_(torch.inf)
+    assert torch.equal(exact.gather(1, index), exact.sort(1).values[:, :3])
+    assert bool(weight.isfinite().all())
+
+
 def test_loss_against_a_loop():
     r, near = torch.rand(5, 7, requires_grad=True), torch.rand(5, 3, 7)
     weight = torch.rand(5, 3)
@@ -178,6 +200,8 @@ YES = torch.ones(6, dtype=torch.bool)
         ((torch.randn(6, 2), YES, 3, math.nan), ValueError, "sigma must be positive"),
         ((torch.randn(6, 2), YES, 3, 0.4, "dot"), ValueError, "kind must be"),
         ((torch.randn(6, 2), YES, 3, 0.4, "gaussian", -1.0), ValueError, "radius must be positive"),
+        ((torch.randn(6, 2), YES, 3, None), ValueError, "sigma must be positive, got None"),
+        (([[1.0, 2.0]] * 6, YES), TypeError, "must be a tensor of real numbers, got list"),
         ((torch.zeros(6, 2), YES, 3, 0.4, "cosine"), ValueError, r"embeddings\[0\] is zero"),
         ((torch.tensor([[1.0]] * 4 + [[math.nan]] + [[1.0]]), YES), ValueError, r"embeddings\[4\] holds NaN"),
     ],

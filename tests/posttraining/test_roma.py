@@ -1,5 +1,6 @@
 """`RoMATrainer`: which parameters move, by which loss, and that a training can be cut in two."""
 
+import importlib.util
 import json
 import math
 
@@ -197,6 +198,112 @@ def test_resume(padding, tmp_path):
     (folder / "roma_state.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="missing or damaged"):
         trainer_of(moe("olmoe"), tmp_path / "other", **options).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (rows(), {"k": 2}, "was made with k=3, not 2"),
+        (rows(), {"sigma": 0.5}, "was made with sigma=0.4, not 0.5"),
+        (rows()[::-1], {}, "training on other samples"),
+    ],
+)
+def test_resume_of_another_training(data, changes, message, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(moe("olmoe"), tmp_path, **options).train()
+    with pytest.raises(ValueError, match=message):
+        trainer_of(moe("olmoe"), tmp_path, data, **options, **changes).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+    with pytest.raises(ValueError, match="another base model"):
+        trainer_of(moe("olmoe", seed=8), tmp_path, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+class Failing(tf.TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_given_back_as_it_was(dtype, fails, tmp_path):
+    """The same parameter objects with the same flags, no hook, the same mode; also after an error."""
+    model = moe("gpt-oss").to(dtype)
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="has no answer"):
+        trainer_of(model, tmp_path, [{"prompt": "x"}])
+    with pytest.raises(ValueError, match="torch_compile"):
+        trainer_of(model, tmp_path, torch_compile=True)
+    with pytest.raises(TypeError):
+        trainer_of(model, tmp_path, unknown=1)
+    assert all(p.requires_grad == before[name][1] for name, p in model.named_parameters())
+    trainer = trainer_of(model, tmp_path)
+    assert {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        router.name for router in choose_routers(model, 2)
+    }
+    if fails:
+        trainer.add_callback(Failing())
+        with pytest.raises(RuntimeError, match="stopped"):
+            trainer.train()
+    else:
+        trainer.train()
+        trainer.train()
+    for name, p in model.named_parameters():
+        assert p is before[name][0] and p.requires_grad == before[name][1] and p.dtype == dtype, name
+    assert not model.training and not any(m._forward_hooks or hasattr(m, "parametrizations") for m in model.modules())
+
+
+@pytest.mark.parametrize(("data", "changes"), [(rows(1), {"k": 1}), (rows(), {"radius": 1e-7})])
+def test_no_neighbour_at_all(data, changes, tmp_path):
+    with pytest.raises(ValueError, match=r"no sample has a neighbour: \d+ of \d+ are answered right"):
+        trainer_of(moe("olmoe"), tmp_path, data, **changes).train()
+
+
+def test_embeddings_of_any_length(tmp_path):
+    """sigma is for unit vectors; a callable may give others, but not zero."""
+    found = []
+    for scale in (1.0, 50.0):
+        trainer = RoMATrainer(
+            moe("olmoe"),
+            config(tmp_path),
+            rows(),
+            processing_class=tokenizer(),
+            embedder=lambda texts, scale=scale: embedder(texts) * scale,
+        )
+        trainer.prepare()
+        found.append((trainer.index, trainer.weight))
+    assert torch.equal(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    trainer.ready, trainer.embedder = False, lambda texts: embedder(texts) * 0
+    with pytest.raises(ValueError, match="embedder gives zero for the text 'number 0:'"):
+        trainer.prepare()
+
+
+def test_a_failure_is_routed_as_its_like_that_succeeds(tmp_path):
+    """Known geometry: each failing prompt has one success beside it, whose routing in the base it must take on."""
+    prompts = ["one:", "two?", "3 + 4 =", "Four, said X."]
+    data = [{"prompt": prompt, "answer": "x", "success": i < 2} for i, prompt in enumerate(prompts)]
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    places = {row["prompt"]: point for row, point in zip(data, points)}
+    options = {"manifold_weight": 1e4, "k": 1, "radius": 0.5, "max_steps": 60, "lr_scheduler_type": "linear"}
+    model = moe("olmoe")
+    trainer = RoMATrainer(
+        model,
+        config(tmp_path, **options),
+        data,
+        processing_class=tokenizer(),
+        embedder=lambda texts: torch.stack([places[text] for text in texts]),
+    )
+    trainer.train()
+    assert trainer.index.tolist() == [[-1], [-1], [0], [1]]
+    base = trainer.before.r
+    first = (base[2:] - base[:2]).square().sum(1)
+    last = (trainer.describe(data).r[2:] - base[:2]).square().sum(1)
+    losses = [entry["manifold_loss"] for entry in trainer.state.log_history if "manifold_loss" in entry]
+    assert losses[0] == pytest.approx(float(first.sum()) / 4, rel=1e-4)
+    assert bool((last < 0.25 * first).all()), (first, last)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -436,6 +543,12 @@ def test_no_balance_loss(tmp_path):
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     r = torch.rand(30, 8)
+    if importlib.util.find_spec("umap"):
+        picture(tmp_path / "umap.png", {"before": r, "after": r * 0.5}, method="umap")
+        assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        with pytest.raises(ImportError, match="pip install umap-learn"):
+            picture(tmp_path / "umap.png", {"before": r}, method="umap")
     picture(tmp_path / "two.png", {"before": r, "after": r * 0.5}, [f"{i % 3}" for i in range(30)])
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="method must be"):

@@ -88,6 +88,29 @@ def test_gradient_reaches_routers(family):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_r_is_what_the_model_exchanges_experts_by(family):
+    """Against the weights and experts that the module itself gives: r at the chosen ones, up to their common scale."""
+    model, batch, given = moe(family), batch_of("right"), []
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.tensor([0.9, -0.9, 0.5, -0.5]))  # so that the largest scores are not the chosen ones
+    handles = [
+        router.module.register_forward_hook(lambda m, x, out: given.append(out)) for router in find_routers(model)
+    ]
+    r, masked = r_of(model, batch).detach(), r_of(model, batch, mask_top_k=True).detach()
+    for handle in handles:
+        handle.remove()
+    rows_of = torch.arange(6) * batch["input_ids"].shape[1] + batch[LAST]
+    layers = len(given) // 2
+    for layer, (_, weights, experts) in enumerate(given[:layers]):
+        part, own = r.view(6, layers, 4)[:, layer], experts[rows_of]
+        weights, mine = weights[rows_of].float(), part.gather(1, own)
+        assert torch.allclose(weights / weights.sum(1, keepdim=True), mine / mine.sum(1, keepdim=True), atol=1e-5)
+        chosen = torch.zeros(6, 4).scatter(1, own, 1)
+        assert torch.equal(masked.view(6, layers, 4)[:, layer], part * chosen)
+
+
 def test_mean_and_masked_routing():
     model, batch = moe("olmoe"), batch_of("left")
     r, masked = r_of(model, batch).detach(), r_of(model, batch, mask_top_k=True).detach()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from moe import moe, rows, tokenizer
+from tokenizers import normalizers
 
 from hf_gg.posttraining.roma import Collator, Samples, choose_routers, describe
 from hf_gg.posttraining.samples import LAST, PROMPT
@@ -72,6 +73,8 @@ def test_candidates():
         ([{"prompt": "a", "answer": None}], r"has no answer: 'answer' must be text, got None"),
         ([{"answer": "b"}], r"train_dataset\[0\] has no prompt"),
         (iter([]), "must have a length"),
+        ([("a", "b")], r"train_dataset\[0\] must be a dictionary with prompt and answer"),
+        ({"prompt": ["a"], "answer": ["b"]}, "train_dataset is a dictionary: give a list of rows"),
     ],
 )
 def test_bad_rows(data, message):
@@ -81,9 +84,24 @@ def test_bad_rows(data, message):
 
 def test_bad_choices_and_lengths():
     model = moe()
-    for choices, message in ((["B"], "do not hold the answer"), (["A", "Ab"], "begin with the same token")):
+    for choices, message in (
+        (["B"], "do not hold the answer"),
+        (["A", "Ab"], "begin with the same token"),
+        (["A", ""], "must be a list of texts"),
+        ("AB", "must be a list of texts"),
+        (["A"], "hold nothing but the answer"),
+    ):
         samples = Samples([{"prompt": "x", "answer": "A", "choices": choices}], tokenizer())
         with pytest.raises(ValueError, match=message):
             describe(model, samples, choose_routers(model))
+    long = [{"prompt": "x", "answer": "A"}, {"prompt": "x" * 128, "answer": "A"}]
+    with pytest.raises(ValueError, match="sample 1 has 129 tokens, more than the model's context of 128"):
+        describe(model, Samples(long, tokenizer()), choose_routers(model))
+    assert len(describe(model, Samples(long, tokenizer(), 128), choose_routers(model)).r) == 2
+    silent = tokenizer()
+    silent.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    for row, what in (({"prompt": "?", "answer": "A"}, "prompt"), ({"prompt": "x", "answer": "?"}, "answer")):
+        with pytest.raises(ValueError, match=rf"train_dataset\[0\]: the tokenizer makes no token of the {what} '\?'"):
+            Samples([row], silent)[0]
     with pytest.raises(ValueError, match="leaves no room for the prompt in max_length=4"):
         Samples([{"prompt": "x", "answer": "long"}], tokenizer(), max_length=4)[0]
