@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +17,17 @@ from torch import nn
 
 
 class SentenceEmbedder:
-    """Unit-norm embeddings by an encoder and the mean of its last hidden states, as sentence-transformers does.
+    """Unit-norm embeddings by an encoder, pooled as sentence-transformers does.
+
+    Last hidden states are averaged, or that of the first token is taken, as `1_Pooling/config.json` of the model says;
+    averaged where it has none.
 
     Args:
         model: a name on the hub or a folder that `AutoModel` and `AutoTokenizer` read, such as
             `"sentence-transformers/all-MiniLM-L6-v2"`.
         device: where it computes.
-        max_length: tokens of a text beyond which it is cut; by default what the model allows, at most 512.
+        max_length: tokens of a text beyond which it is cut; by default `max_seq_length` of its
+            `sentence_bert_config.json`, or else what the model allows, at most 512.
         batch_size: texts in a batch.
     """
 
@@ -56,7 +62,10 @@ class SentenceEmbedder:
             ).to(self.device)
             hidden = model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]
-            vectors = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu()
+            # the first token that is no padding, whichever side that is on
+            place = torch.arange(len(hidden)), inputs["attention_mask"].argmax(1)
+            pooled = (hidden * mask).sum(1) / mask.sum(1) if self._pooling == "mean" else hidden[place]
+            vectors = nn.functional.normalize(pooled, dim=1).cpu()
             if result is None:
                 result = torch.empty(len(texts), vectors.shape[1])
             result[torch.tensor(rows)] = vectors
@@ -67,9 +76,42 @@ class SentenceEmbedder:
 
         tokenizer = AutoTokenizer.from_pretrained(self.name)
         model = AutoModel.from_pretrained(self.name).to(self.device).eval()
+        self._pooling = _pooling(self.name)
         own = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
-        self._limit = self.max_length or own
+        self._limit = (
+            self.max_length or _described(self.name, "sentence_bert_config.json").get("max_seq_length") or own
+        )
         return model, tokenizer
+
+
+def _pooling(name: str) -> str:
+    """How a model's hidden states become one vector: `"mean"` or `"cls"`.
+
+    Raises:
+        ValueError: another way, or a layer after it.
+    """
+    modules = _described(name, "modules.json") or []
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            raise ValueError(f"{name} has a layer {kind} after the encoder: give a callable, such as model.encode.")
+    about = _described(name, "1_Pooling/config.json")
+    asked = [key.removeprefix("pooling_mode_") for key, on in about.items() if key.startswith("pooling_mode_") and on]
+    if asked in ([], ["mean_tokens"], ["mean"]):
+        return "mean"
+    if asked in (["cls_token"], ["cls"]):
+        return "cls"
+    raise ValueError(f"{name} pools by {' and '.join(asked)}: give a callable, such as model.encode.")
+
+
+def _described(name: str, file: str) -> Any:
+    """A JSON file of a model; an empty dict if it has none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def embed(

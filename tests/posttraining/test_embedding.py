@@ -1,5 +1,7 @@
 """Embeddings by the real MiniLM, and the cache."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -120,3 +122,37 @@ def test_damaged_cache(tmp_path, noise, at, cut):
             raise
     else:
         assert torch.equal(found, wanted)
+
+
+def described(folder, pooling, modules=("Transformer", "Pooling", "Normalize"), most=None):
+    """MiniLM with other files of sentence-transformers."""
+    folder.mkdir()
+    for file in minilm().iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file)
+    for name in ("modules.json", "sentence_bert_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True, "dimension": 384}))
+    (folder / "modules.json").write_text(json.dumps([{"type": f"sentence_transformers.models.{m}"} for m in modules]))
+    if most is not None:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": most}))
+    return folder
+
+
+def test_pooling_and_length_are_the_models(tmp_path):
+    folder = described(tmp_path / "cls", "cls_token", most=6)
+    tokenizer, model = tf.AutoTokenizer.from_pretrained(minilm()), tf.AutoModel.from_pretrained(minilm()).eval()
+    for text, vector in zip(TEXTS, embed(TEXTS, folder)):
+        with torch.no_grad():
+            inputs = tokenizer(text, truncation=True, max_length=6, return_tensors="pt")
+            first = model(**inputs).last_hidden_state[0, 0]
+        assert torch.allclose(vector, first / first.norm(), atol=1e-5)
+    assert torch.equal(embed(TEXTS, described(tmp_path / "mean", "mean_tokens")), embed(TEXTS, minilm()))
+
+
+def test_other_pooling_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="pools by max_tokens"):
+        embed(TEXTS, described(tmp_path / "max", "max_tokens"))
+    with pytest.raises(ValueError, match="a layer Dense after the encoder"):
+        embed(TEXTS, described(tmp_path / "dense", "mean_tokens", ("Transformer", "Pooling", "Dense")))
