@@ -19,11 +19,14 @@ Completion = str | list[dict[str, Any]]
 
 # Longer ones are no answers, and arithmetic with them takes for ever.
 _MOST_CHARACTERS, _MOST_EXPONENT = 100, 100
+_MINUS = "\u2212"
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?(?![\w])"
 )
-_LETTER_AFTER = re.compile(r"(?:answer|choice|option)\s*(?:is|:|=)?\s*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE)
+_LETTER_AFTER = re.compile(
+    r"(?:answer|choice|option)\b\**\s*(?:(?:is|:|=)\s*)*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE
+)
 _LETTER_FIRST = re.compile(r"\s*\**\(?([A-Z])\b(?:[).:*]|\s*$)")
 _LETTER_ANYWHERE = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
 
@@ -59,9 +62,11 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The marked answer of a text: the last `\boxed{…}`, else the line after the last `####`; None without."""
-    inside = boxed(text)
-    if inside is not None:
+    r"""The marked answer of a text: the last `\boxed{…}`, else the line after the last `####`; None without.
+
+    An empty one marks nothing.
+    """
+    if inside := boxed(text):
         return inside
     _, mark, rest = text.rpartition("####")
     line = rest.strip().split("\n")[0].strip() if mark else ""
@@ -69,13 +74,18 @@ def final_answer(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The number that a text is: `1,234`, `-0.5`, `3/4`, `\frac{3}{4}`, `12%`, `$5`, `2e3`; None if it is none.
+    r"""The number that a text is: `1,234`, `-0.5`, `3/4`, `2\frac{1}{2}`, `12%`, `$5`, `2e3`; None if it
+    is none.
 
     `%` is dropped, as currencies and a last full stop are: 12% is 12.
     """
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").strip().strip("$").strip()
-    text = re.sub(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text.replace("\\$", "").replace("\\%", "%"))
+    text = unicodedata.normalize("NFKC", text).replace(_MINUS, "-").strip().strip("$").strip()
+    text = text.replace("\\$", "").replace("\\%", "%").replace("{,}", ",")
+    text = re.sub(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm)\s*\{[^{}]*\}|\\[,;! ]", "", text).strip().rstrip(".").strip()
+    if mixed := re.fullmatch(r"([-+]?)\s?(\d{1,50})\s+(\d{1,50}/\d{1,50})", text):
+        whole, part = parse_number(mixed[2]), parse_number(mixed[3])
+        return None if whole is None or part is None else (whole + part) * (-1 if mixed[1] == "-" else 1)
     if len(text) > _MOST_CHARACTERS or not _NUMBER.fullmatch(text):
         return None
     text = re.sub(r"[\s,$€£%+]", "", text)
@@ -95,7 +105,7 @@ def number_in(text: str) -> Fraction | None:
         if number is not None:
             return number
         text = marked
-    numbers = _NUMBER.findall(text[-10_000:])
+    numbers = _NUMBER.findall(text[-10_000:].replace(_MINUS, "-"))
     return parse_number(numbers[-1]) if numbers else None
 
 
