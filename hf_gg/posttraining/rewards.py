@@ -24,11 +24,14 @@ _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?(?![\w])"
 )
-_LETTER_AFTER = re.compile(
-    r"(?:answer|choice|option)\b\**\s*(?:(?:is|:|=)\s*)*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE
-)
+_LETTER_AFTER = re.compile(r"(?:answer|choice|option)\b\**\s*(?:(?:is|:|=)\s*)*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"\s*\**\(?([A-Z])\b(?:[).:*]|\s*$)")
 _LETTER_ANYWHERE = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
+
+
+def described(reward: Reward) -> str:
+    """What tells a reward from another one in files: its name, and of `combine` and `matches` what they were given."""
+    return str(getattr(reward, "described", getattr(reward, "__name__", type(reward).__name__)))
 
 
 def text_of(completion: Completion) -> str:
@@ -184,6 +187,7 @@ def matches(pattern: str) -> Reward:
     def format_reward(completions: Sequence[Completion], **_: object) -> list[float]:
         return [float(compiled.fullmatch(text_of(completion).strip()) is not None) for completion in completions]
 
+    format_reward.described = f"matches({pattern!r})"  # type: ignore[attr-defined]
     return format_reward
 
 
@@ -195,12 +199,15 @@ def combine(accuracy: Reward, format: Reward = format_match, weights: tuple[floa
     """
 
     def combined_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        parts = accuracy(completions=completions, **columns), format(completions=completions, **columns)
+        rights = accuracy(completions=completions, **columns)
+        forms = format(completions=completions, **columns)
         return [
             None if right is None or form is None else weights[0] * right + weights[1] * form
-            for right, form in zip(*parts, strict=True)
+            for right, form in zip(rights, forms, strict=True)
         ]
 
+    parts = described(accuracy), described(format)
+    combined_reward.described = f"combine({', '.join(parts)}, {weights})"  # type: ignore[attr-defined]
     return combined_reward
 
 
