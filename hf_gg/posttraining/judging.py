@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,9 +118,8 @@ def roll_out(
             raise ValueError(f"the data set has a column {name!r}, which the reward gets from rollouts: rename it.")
     chats_or_texts = [*dataset["prompt"]]
     columns = {name: [*dataset[name]] for name in dataset.column_names if name != "prompt"}
-    for place, wanted in enumerate(columns.get("answer", ())):
-        if wanted is None or (isinstance(wanted, str) and not wanted.strip()):
-            raise ValueError(f"instance {place} has no answer: drop it or fill it in.")
+    if (place := missing_answer(columns.get("answer", ()))) is not None:
+        raise ValueError(f"instance {place} has no answer: drop it or fill it in.")
     images = columns.get("images")
     if images is None and "image" in columns:
         images = [[] if image is None else [image] for image in columns["image"]]
@@ -156,6 +155,14 @@ def roll_out(
             start = time.perf_counter()
     report.failures.sort()
     return report
+
+
+def missing_answer(answers: Iterable[Any]) -> int | None:
+    """The place of the first answer that is None, NaN or blank; None if there is none."""
+    for place, answer in enumerate(answers):
+        if answer is None or answer != answer or (isinstance(answer, str) and not answer.strip()):
+            return place
+    return None
 
 
 class _Failure(str):

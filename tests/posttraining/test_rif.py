@@ -189,9 +189,9 @@ def test_completions_end_where_the_tokenizer_or_a_stop_string_says():
     words.eos_token = texts[2]  # a word that comes
     words.pad_token = None
     sampling = Sampling(n=1, temperature=0, max_new_tokens=6)
-    first = texts.index(texts[2])
+    end = texts.index(texts[2]) + 1
     [(_, [[text]], tokens)] = generate(model, prompts, plan([4], sampling), sampling)
-    assert text.split() == texts[:first] and tokens == first + 1
+    assert text.split() == texts[:end] and tokens == end
     words = tokenizer()
     words.pad_token, words.eos_token = None, None  # pads with token 0
     sampling = Sampling(n=1, temperature=0, max_new_tokens=6, stop_strings=(texts[1],))
@@ -338,7 +338,7 @@ def test_a_damaged_cache(line, tmp_path):
     assert len(policy.rows) == 1 and again.counts == whole.counts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_cache_with_bytes_flipped_or_cut(data):
     """Counts are right or the file is refused; never anything else."""
@@ -362,6 +362,7 @@ def test_a_cache_with_bytes_flipped_or_cut(data):
         assert file.read_bytes().endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL, again and again: the same result, and no instance is rolled out twice."""
     script = f"""
@@ -382,16 +383,17 @@ def killing(self, **options):
 Scripted.generate = killing
 rights = [0, 3, 8, 1, 0, 8, 7]
 report = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
-    batch_tokens=150, cache=sys.argv[1], show_progress=False)[1]
+    batch_tokens=200, cache=sys.argv[1], show_progress=False)[1]
 print(json.dumps(report.counts))
 """
     cache, log = tmp_path / "cache.jsonl", tmp_path / "log"
-    for rounds in range(1, 9):
+    for _ in range(4):
         done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             break
         assert done.returncode == -9, done.stderr
-    assert rounds > 1 and json.loads(done.stdout) == [0, 3, 8, 1, 0, 8, 7]
+        assert len(cache.read_text().split("\n")) % 2 == 0  # the head, two batches a round, and the end
+    assert len(log.read_text().split("\n")) > 3 and json.loads(done.stdout) == [0, 3, 8, 1, 0, 8, 7]
     rolled = [prompt for line in log.read_text().splitlines() for prompt in json.loads(line)]
     assert len(rolled) == len({*rolled}) == 7
 
@@ -451,14 +453,12 @@ def test_rewards_that_are_no_finite_numbers(value):
     assert report.counts == [0] and report.failures == [(0, k, f"{value!r}") for k in range(2)]
 
 
-@pytest.mark.parametrize(
-    "kind", [torch.ones, np.ones, lambda count: [True] * count, lambda count: torch.ones(count, 1)]
-)
+@pytest.mark.parametrize("kind", [torch.ones, np.ones, lambda count: [True] * count])
 def test_rewards_may_be_tensors_arrays_and_truth_values(kind):
-    data = scripted_data([1, 2])
-    report = filter_by_rollouts(Scripted(2), tokenizer(), data, lambda completions, **_: kind(len(completions)), n=2)[
-        1
-    ]
+    def reward(completions, **_):
+        return kind(len(completions))
+
+    report = filter_by_rollouts(Scripted(2), tokenizer(), scripted_data([1, 2]), reward, n=2)[1]
     assert report.counts == [2, 2] and all(type(count) is int for count in report.counts)
 
 
