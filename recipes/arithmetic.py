@@ -68,9 +68,8 @@ def gsm8k(file: str | Path, train: int, test: int) -> Task:
         ValueError: a line that is no such row (it is named), or too few of them.
     """
     rows = []
-    for number, line in enumerate(
-        Path(file).read_text(encoding="utf-8").split("\n"), 1
-    ):  # a JSON text may hold other line ends
+    # not by splitlines: a JSON text may hold other line ends
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
