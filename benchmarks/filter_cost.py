@@ -1,8 +1,8 @@
 """What the filter costs: its rollouts against those of one epoch of stock GRPO on the same instances; SmolLM2, sums.
 
-In turns, with as many rollouts an instance, as many new tokens at most and the same temperature. Of GRPO only the calls
-of `generate` are timed, of the filter its whole work. The epoch's learning rate is 0, so that all rounds have the same
-policy. A ratio of 1 or less means that filtering costs no more than the rollouts of one epoch.
+In turns, with as many rollouts an instance, as many new tokens at most and the same temperature. Of GRPO only the
+calls of `generate` are timed, of the filter its whole work. The epoch's learning rate is 0, so that all
+rounds have the same policy. A ratio of 1 or less means that filtering costs no more than the rollouts of one epoch.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
         "wanted": "<= 1",
     }
     print(row, flush=True)
-    write_csv("filter_cost", [row | {key: value for key, value in vars(args).items()}])
+    write_csv("filter_cost", [row | vars(args)])
 
 
 if __name__ == "__main__":

@@ -462,6 +462,17 @@ def test_rewards_may_be_tensors_arrays_and_truth_values(kind):
     assert report.counts == [2, 2] and all(type(count) is int for count in report.counts)
 
 
+def test_a_reward_at_the_threshold_is_right():
+    def graded(completions, number, **_):
+        return [(0.25, 0.5, 0.75)[number[0]] for _ in completions]
+
+    for threshold, wanted in ((0.25, [2, 2, 2]), (0.5, [0, 2, 2]), (0.75, [0, 0, 2])):
+        _, report = filter_by_rollouts(
+            Scripted(2), tokenizer(), scripted_data([1, 1, 1]), graded, n=2, threshold=threshold
+        )
+        assert report.counts == wanted
+
+
 def test_a_reward_of_another_length():
     with pytest.raises(RuntimeError, match="it returned 1 rewards for 8 completions"):
         filter_by_rollouts(Scripted(8), tokenizer(), scripted_data([1]), lambda completions, **_: [1.0])
