@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from hf_gg.posttraining.continual import Task
-from hf_gg.posttraining.rewards import format_match, number_match
+from hf_gg.posttraining.rewards import format_match, number_in, number_match
 
 
 _NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo")
@@ -68,16 +68,18 @@ def gsm8k(file: str | Path, train: int, test: int) -> Task:
         ValueError: a line that is no such row (it is named), or too few of them.
     """
     rows = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    # not by splitlines: a JSON text may hold other line ends
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             found = json.loads(line)
             question, solution = found["question"], found["answer"]
             text, mark, answer = solution.rpartition("####")
+            question.strip()
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: no question and answer of GSM8K ({error!r}).") from None
-        if not mark or not answer.strip():
+        if not mark or number_in(answer) is None:
             raise ValueError(f"{file}, line {number}: the answer does not end in '#### ' and a number.")
         rows.append(_row(question, answer.strip()) | {"completion": f"{text.strip()}\n#### {answer.strip()}"})
     if len(rows) <= test:

@@ -11,15 +11,17 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .judging import roll_out
+from .judging import missing_answer, roll_out
 from .rif import filter_by_rollouts
+from .rollout_cache import fingerprint
 from .rollouts import Sampling
 from .scores import ContinualResult, average_accuracy, forgetting, plot_scores
-from .tasks import Task, by_task, digest_of, mixed, right, with_completion
+from .tasks import Task, by_task, digest_of, last_checkpoint, mixed, right, with_completion
 
 
 __all__ = ["ContinualResult", "ContinualRunner", "Task", "average_accuracy", "forgetting", "plot_scores"]
@@ -45,7 +47,8 @@ class ContinualRunner:
         callbacks: for the trainers.
 
     Raises:
-        ValueError: no tasks, two of one name, a task without data, another run's folder. TypeError: other arguments.
+        ValueError: no tasks, two of one name or one that cannot be a folder's, a task without data or answers, another
+            run's folder. TypeError: other arguments.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class ContinualRunner:
         names = [task.name for task in tasks]
         if not names or len({*names}) < len(names):
             raise ValueError(f"tasks must be one or more, of different names, got {names}.")
+        for name in names:
+            if not name.strip(". ") or any(sign in name for sign in "/\\\0"):
+                raise ValueError(f"a task's name is that of a folder too, without / and \\, got {name!r}.")
         for task in tasks:
             for part, data in (("train", task.train), ("test", task.test)):
                 missing = sorted({"prompt", "answer"} - {*data.column_names})
@@ -80,6 +86,10 @@ class ContinualRunner:
                     raise ValueError(f"{task.name}: {part} has no column {missing[0]!r}.")
                 if len(data) == 0:
                     raise ValueError(f"{task.name}: {part} is empty.")
+                if "task" in data.column_names:
+                    raise ValueError(f"{task.name}: {part} has a column 'task', which the runner fills: rename it.")
+                if (place := missing_answer(data["answer"])) is not None:
+                    raise ValueError(f"{task.name}: row {place} of {part} has no answer: drop it or fill it in.")
         self.load, self.tokenizer, self.tasks = load, tokenizer, [*tasks]
         self.args, self.peft_config, self.rif = args, peft_config, rif
         self.evaluation = evaluation or Sampling(n=1, temperature=0.0, max_new_tokens=64)
@@ -90,6 +100,11 @@ class ContinualRunner:
     def run(self) -> ContinualResult:
         """Do what is not yet done, and return everything; `results.json` and `scores.png` hold it too."""
         state = _read(self.folder / "state.json") or {"scores": []}
+        if "general" in state and (state["general"][0] is None) != (self.general is None):
+            had = "without" if self.general is not None else "with"
+            raise ValueError(
+                f"{self.folder} was begun {had} a general benchmark: go on so, or give another output_dir."
+            )
         if "start" not in state:
             model = self._model(-1)
             state |= {"start": self._evaluate(model), "general": [self._general(model)]}
@@ -97,7 +112,8 @@ class ContinualRunner:
         steps = [self.tasks] if self.joint else [[task] for task in self.tasks]
         for number in range(len(state["scores"]), len(steps)):
             if not (self._place(number) / "model").exists():
-                self._learn(number, steps[number])
+                with _named("in training on", ", ".join(task.name for task in steps[number])):
+                    self._learn(number, steps[number])
             model = self._model(number)
             state["scores"].append(self._evaluate(model))
             if number == len(steps) - 1:
@@ -119,8 +135,6 @@ class ContinualRunner:
 
     def _learn(self, number: int, tasks: list[Task]) -> None:
         """Train on tasks and save the model."""
-        from transformers.trainer_utils import get_last_checkpoint
-
         place, start = self._place(number), time.perf_counter()
         model = self._model(number - 1)
         data, report = mixed(tasks, self.args.seed), None
@@ -134,8 +148,7 @@ class ContinualRunner:
         args = copy.deepcopy(self.args)
         args.output_dir = str(place / "trainer")
         trainer = self._grpo(model, args, data, tasks) if self.grpo else self._sft(model, args, data)
-        before = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=before)
+        trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
         learned = trainer.accelerator.unwrap_model(trainer.model)
         options = {"selected_adapters": ["default"]} if self.peft_config is not None else {}
         temporary = place / ".model"
@@ -148,6 +161,13 @@ class ContinualRunner:
     def _grpo(self, model: Any, args: Any, data: Any, tasks: list[Task]) -> Any:
         from trl import GRPOTrainer
 
+        needed = args.generation_batch_size // args.num_generations
+        if len(data) < needed:  # the trainer would do no step, and say nothing
+            raise ValueError(
+                f"{len(data)} instances are left, and a step of GRPO takes {needed} (generation_batch_size="
+                f"{args.generation_batch_size} / num_generations={args.num_generations}): take smaller batches, more "
+                "or easier instances, or a lower min_correct."
+            )
         rewards: list[Any] = [by_task(tasks, "reward")]
         if any(task.format is not None for task in tasks):
             rewards.append(by_task(tasks, "format"))
@@ -171,8 +191,11 @@ class ContinualRunner:
         from transformers import set_seed
 
         base = self.load()
+        self._check_base(base)
         if self.peft_config is None:
-            return base if number < 0 else type(base).from_pretrained(self._place(number) / "model", dtype=base.dtype)
+            if number < 0:
+                return base
+            return type(base).from_pretrained(self._place(number) / "model", dtype=base.dtype).to(base.device)
         from peft import PeftModel, get_peft_model
 
         if number >= 0:
@@ -183,15 +206,16 @@ class ContinualRunner:
     def _evaluate(self, model: Any) -> list[float]:
         scores = []
         for task in self.tasks:
-            report = roll_out(
-                model,
-                self.tokenizer,
-                task.test,
-                task.reward,
-                self.evaluation,
-                threshold=task.threshold,
-                show_progress=False,
-            )
+            with _named("in the evaluation of", task.name):
+                report = roll_out(
+                    model,
+                    self.tokenizer,
+                    task.test,
+                    task.reward,
+                    self.evaluation,
+                    threshold=task.threshold,
+                    show_progress=False,
+                )
             scores.append(report.accuracy)
         return scores
 
@@ -200,6 +224,18 @@ class ContinualRunner:
 
     def _place(self, number: int) -> Path:
         return self.folder / ("joint" if self.joint else f"{number:02}-{self.tasks[number].name}")
+
+    def _check_base(self, base: Any) -> None:
+        """`ValueError` if `load` gives another model than before."""
+        file, found = self.folder / "base.json", {"base": fingerprint(base)}
+        known = _read(file)
+        if known is None:
+            _write(file, found)
+        elif known != found:
+            raise ValueError(
+                f"load gives another model than the one that {self.folder} was begun with (or another one each time): "
+                "give the same one, or another output_dir."
+            )
 
     def _claim_folder(self) -> None:
         """Write what this run is into its folder; `ValueError` if the folder is another run's."""
@@ -225,6 +261,17 @@ class ContinualRunner:
             raise ValueError(f"{self.folder} is not empty and holds no run: give another output_dir.")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(file, what)
+
+
+@contextmanager
+def _named(what: str, task: str) -> Iterator[None]:
+    """Notes on an exception which task it came from (Python 3.10 has no notes)."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"This happened {what} {task}.")
+        raise
 
 
 def _order_by_epoch() -> Any:

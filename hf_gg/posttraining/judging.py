@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
-from .rewards import Reward
+from .rewards import Reward, described
 from .rollout_cache import RolloutCache, fingerprint
 from .rollouts import Prompts, Sampling, check_lengths, context_of, generate, generate_by_vllm, plan
+
+
+_UNSEEN = ("completion", "completion_ids")  # columns that TRL does not give to rewards
+_MOST_TOLD = 200  # characters of what a reward did
 
 
 @dataclass
@@ -93,22 +99,30 @@ def roll_out(
 ) -> RolloutReport:
     """Roll out every instance of a data set and count the right ones; as `filter_by_rollouts`, which keeps some.
 
+    The reward gets the columns that TRL gives, but neither `completion_ids` nor what is of a trainer.
+
     With `Sampling(n=1, temperature=0)` this evaluates: `report.accuracy` is that of greedy decoding.
     """
     if on_error not in ("fail", "wrong"):
         raise ValueError(f"on_error must be 'fail' or 'wrong', got {on_error!r}.")
-    if not math.isfinite(threshold):
+    if not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
         raise ValueError(f"threshold must be a finite number, got {threshold!r}.")
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}.")
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to roll out.")
     if "prompt" not in dataset.column_names:
         raise ValueError(f"the data set has no column 'prompt', only {', '.join(dataset.column_names) or 'none'}.")
+    for name in ("prompts", "completions"):
+        if name in dataset.column_names:
+            raise ValueError(f"the data set has a column {name!r}, which the reward gets from rollouts: rename it.")
     chats_or_texts = [*dataset["prompt"]]
     columns = {name: [*dataset[name]] for name in dataset.column_names if name != "prompt"}
-    for place, wanted in enumerate(columns.get("answer", ())):
-        if wanted is None or (isinstance(wanted, str) and not wanted.strip()):
-            raise ValueError(f"instance {place} has no answer: drop it or fill it in.")
-    images = columns.get("images", [[image] for image in columns["image"]] if "image" in columns else None)
+    if (place := missing_answer(columns.get("answer", ()))) is not None:
+        raise ValueError(f"instance {place} has no answer: drop it or fill it in.")
+    images = columns.get("images")
+    if images is None and "image" in columns:
+        images = [[] if image is None else [image] for image in columns["image"]]
     prompts = Prompts(tokenizer, chats_or_texts, images)
     from_vllm = type(model).__module__.partition(".")[0] == "vllm"
     if from_vllm and images is not None:
@@ -116,15 +130,20 @@ def roll_out(
     limit = model.llm_engine.model_config.max_model_len if from_vllm else context_of(model)
     check_lengths(prompts.ids, sampling, limit)
     batches = plan([len(ids) for ids in prompts.ids], sampling)
-    key = fingerprint(model, prompts.ids, columns, _name(reward), threshold, on_error, sampling)
-    done = RolloutCache(cache, key)
+    given = [prompts.ids, columns, described(reward), threshold, on_error, sampling]
+    if from_vllm:
+        given.append(str(model.llm_engine.model_config.model))
+    key = "" if cache is None else fingerprint(model, *given)
+    done = RolloutCache(cache, key, [len(batch.prompts) for batch in batches], sampling.n)
     report = RolloutReport(sampling.n, [0] * len(prompts.ids))
     waiting = [batch for batch in batches if batch.number not in done.batches]
     for number, record in done.batches.items():
         _add(report, batches[number].prompts, record)
     made = (generate_by_vllm if from_vllm else generate)(model, prompts, waiting, sampling)
     judge = _Judge(reward, chats_or_texts, columns, threshold, on_error)
-    with _bar(len(prompts.ids), sum(len(batches[number].prompts) for number in done.batches), show_progress) as bar:
+    finished = sum(len(batches[number].prompts) for number in done.batches)
+    # closed: an exception that is kept would keep the model in evaluation too
+    with closing(made), _bar(len(prompts.ids), finished, show_progress) as bar:
         start = time.perf_counter()
         for batch, texts, tokens in made:
             seconds = time.perf_counter() - start
@@ -136,6 +155,18 @@ def roll_out(
             start = time.perf_counter()
     report.failures.sort()
     return report
+
+
+def missing_answer(answers: Iterable[Any]) -> int | None:
+    """The place of the first answer that is None, NaN or blank; None if there is none."""
+    for place, answer in enumerate(answers):
+        if answer is None or answer != answer or (isinstance(answer, str) and not answer.strip()):
+            return place
+    return None
+
+
+class _Failure(str):
+    """What a reward did in place of a judgement."""
 
 
 class _Judge:
@@ -152,14 +183,14 @@ class _Judge:
         for place, completions in zip(places, texts):
             right = 0
             for rollout, outcome in enumerate(self._rewards(place, completions)):
-                if isinstance(outcome, str):
-                    failures.append([place, rollout, outcome])
+                if isinstance(outcome, _Failure):
+                    failures.append([place, rollout, str(outcome)])
                 else:
                     right += outcome >= self.threshold
             counts.append(int(right))
         return counts, failures
 
-    def _rewards(self, place: int, completions: list[str]) -> list[float | str]:
+    def _rewards(self, place: int, completions: list[str]) -> list[float | _Failure]:
         """The reward of each completion, or what went wrong with it."""
         chat = not isinstance(self.prompts[place], str)
         given = [[{"role": "assistant", "content": text}] if chat else text for text in completions]
@@ -178,29 +209,36 @@ class _Judge:
                 try:
                     found += self._call(place, [completion])
                 except Exception as single:
-                    found.append(f"{type(single).__name__}: {single}")
-        outcomes: list[float | str] = []
+                    found.append(_Failure(f"{type(single).__name__}: {single}"[:_MOST_TOLD]))
+        outcomes: list[float | _Failure] = []
         for value in found:
-            if isinstance(value, str):
-                outcomes.append(value)
-            elif value is None or math.isnan(value):
+            number = _number(value)
+            if number is None and not isinstance(value, _Failure):
                 if not self.lenient:
                     raise ValueError(
-                        f"the reward {_name(self.reward)} is {value} for a rollout of instance {place}; "
-                        "on_error='wrong' counts such rollouts as wrong."
+                        f"the reward {_name(self.reward)} is {value!r:.{_MOST_TOLD}} for a rollout of instance "
+                        f"{place}, and no finite number; on_error='wrong' counts such rollouts as wrong."
                     )
-                outcomes.append(str(value))
-            else:
-                outcomes.append(float(value))
+                value = _Failure(f"{value!r:.{_MOST_TOLD}}")
+            outcomes.append(value if number is None else number)
         return outcomes
 
     def _call(self, place: int, completions: list) -> list:
         count = len(completions)
-        columns = {name: [values[place]] * count for name, values in self.columns.items()}
+        columns = {name: [values[place]] * count for name, values in self.columns.items() if name not in _UNSEEN}
         found = [*self.reward(prompts=[self.prompts[place]] * count, completions=completions, **columns)]
         if len(found) != count:
             raise ValueError(f"it returned {len(found)} rewards for {count} completions")
         return found
+
+
+def _number(reward: Any) -> float | None:
+    """A reward as a number; None where it is none, or not finite."""
+    try:
+        number = math.nan if isinstance(reward, str) else float(reward)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _add(report: RolloutReport, places: Sequence[int], record: dict[str, Any]) -> None:

@@ -19,13 +19,19 @@ Completion = str | list[dict[str, Any]]
 
 # Longer ones are no answers, and arithmetic with them takes for ever.
 _MOST_CHARACTERS, _MOST_EXPONENT = 100, 100
+_MINUS = "\u2212"
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?(?![\w])"
 )
-_LETTER_AFTER = re.compile(r"(?:answer|choice|option)\s*(?:is|:|=)?\s*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE)
+_LETTER_AFTER = re.compile(r"(?:answer|choice|option)\b\**\s*(?:(?:is|:|=)\s*)*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"\s*\**\(?([A-Z])\b(?:[).:*]|\s*$)")
 _LETTER_ANYWHERE = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
+
+
+def described(reward: Reward) -> str:
+    """What tells a reward from another one in files: its name, and of `combine` and `matches` what they were given."""
+    return str(getattr(reward, "described", getattr(reward, "__name__", type(reward).__name__)))
 
 
 def text_of(completion: Completion) -> str:
@@ -59,9 +65,11 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The marked answer of a text: the last `\boxed{…}`, else the line after the last `####`; None without."""
-    inside = boxed(text)
-    if inside is not None:
+    r"""The marked answer of a text: the last `\boxed{…}`, else the line after the last `####`; None without.
+
+    An empty one marks nothing.
+    """
+    if inside := boxed(text):
         return inside
     _, mark, rest = text.rpartition("####")
     line = rest.strip().split("\n")[0].strip() if mark else ""
@@ -69,13 +77,18 @@ def final_answer(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The number that a text is: `1,234`, `-0.5`, `3/4`, `\frac{3}{4}`, `12%`, `$5`, `2e3`; None if it is none.
+    r"""The number that a text is: `1,234`, `-0.5`, `3/4`, `2\frac{1}{2}`, `12%`, `$5`, `2e3`; None if it
+    is none.
 
     `%` is dropped, as currencies and a last full stop are: 12% is 12.
     """
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").strip().strip("$").strip()
-    text = re.sub(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text.replace("\\$", "").replace("\\%", "%"))
+    text = unicodedata.normalize("NFKC", text).replace(_MINUS, "-").strip().strip("$").strip()
+    text = text.replace("\\$", "").replace("\\%", "%").replace("{,}", ",")
+    text = re.sub(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm)\s*\{[^{}]*\}|\\[,;! ]", "", text).strip().rstrip(".").strip()
+    if mixed := re.fullmatch(r"([-+]?)\s?(\d{1,50})\s+(\d{1,50}/\d{1,50})", text):
+        whole, part = parse_number(mixed[2]), parse_number(mixed[3])
+        return None if whole is None or part is None else (whole + part) * (-1 if mixed[1] == "-" else 1)
     if len(text) > _MOST_CHARACTERS or not _NUMBER.fullmatch(text):
         return None
     text = re.sub(r"[\s,$€£%+]", "", text)
@@ -95,7 +108,7 @@ def number_in(text: str) -> Fraction | None:
         if number is not None:
             return number
         text = marked
-    numbers = _NUMBER.findall(text[-10_000:])
+    numbers = _NUMBER.findall(text[-10_000:].replace(_MINUS, "-"))
     return parse_number(numbers[-1]) if numbers else None
 
 
@@ -174,6 +187,7 @@ def matches(pattern: str) -> Reward:
     def format_reward(completions: Sequence[Completion], **_: object) -> list[float]:
         return [float(compiled.fullmatch(text_of(completion).strip()) is not None) for completion in completions]
 
+    format_reward.described = f"matches({pattern!r})"  # type: ignore[attr-defined]
     return format_reward
 
 
@@ -185,12 +199,15 @@ def combine(accuracy: Reward, format: Reward = format_match, weights: tuple[floa
     """
 
     def combined_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        parts = accuracy(completions=completions, **columns), format(completions=completions, **columns)
+        rights = accuracy(completions=completions, **columns)
+        forms = format(completions=completions, **columns)
         return [
             None if right is None or form is None else weights[0] * right + weights[1] * form
-            for right, form in zip(*parts, strict=True)
+            for right, form in zip(rights, forms, strict=True)
         ]
 
+    parts = described(accuracy), described(format)
+    combined_reward.described = f"combine({', '.join(parts)}, {weights})"  # type: ignore[attr-defined]
     return combined_reward
 
 

@@ -111,10 +111,11 @@ def filter_by_rollouts(
         max_correct: right rollouts that it may have; None for any.
         threshold: a rollout is right if its reward is at least that. With `combine`, 0.5 asks for the right answer
             and 1 for the format too.
-        on_error: where the reward raises, or returns NaN or None: `"fail"`, or `"wrong"`, which counts the rollout as
-            wrong and lists it in the report.
+        on_error: where the reward raises, or returns no finite number: `"fail"`, or `"wrong"`, which counts the
+            rollout as wrong and lists it in the report.
         cache: a file, JSON lines, that holds the counts of each batch as soon as it is done; a later call with the
-            same policy, data and options goes on from there. None keeps nothing.
+            same policy, data and options goes on from there; rewards are told apart by their names. None keeps
+            nothing.
         show_progress: whether to show a bar.
         **sampling: of `Sampling`: `max_new_tokens`, `temperature`, `top_p`, `seed`, `batch_tokens`, `stop_strings`.
 
@@ -124,11 +125,12 @@ def filter_by_rollouts(
     Raises:
         AllDropped: none is kept. ValueError: no instances, a column that is missing or there already, bounds or
             options out of range, prompts that do not fit in the model's context, a cache of another run; a reward of
-            NaN.
+            NaN, or of what is no number.
+        TypeError: data that are no `datasets.Dataset`, prompts that are neither texts nor chats.
         RuntimeError: the reward raised; the instance is named.
     """
     check_bounds(n, min_correct, max_correct)
-    if COUNT_COLUMN in dataset.column_names:
+    if COUNT_COLUMN in getattr(dataset, "column_names", ()):
         raise ValueError(f"the data set has a column {COUNT_COLUMN!r} already: remove or rename it.")
     report = roll_out(
         model,

@@ -6,11 +6,39 @@ that was cut off goes on with the batches that are missing and ends with the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+
+
+# Of a model's own generation config, what would change the distribution or the length.
+_UNSET = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "constraints",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "max_length",
+    "max_time",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "repetition_penalty",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "top_h",
+    "typical_p",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +56,7 @@ class Sampling:
         stop_strings: texts at which a completion ends; they stay in it.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, a stop string that is none. TypeError: a number that is none.
     """
 
     n: int = 8
@@ -40,9 +68,15 @@ class Sampling:
     stop_strings: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_new_tokens", "batch_tokens"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, got {getattr(self, name)!r}.")
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
+            if not isinstance(getattr(self, name), int) or not least <= getattr(self, name) < 2**40:
+                raise ValueError(f"{name} must be a whole number from {least} on, got {getattr(self, name)!r}.")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}.")
+        stops = self.stop_strings
+        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"stop_strings must be texts that are not empty, such as ('END',), got {stops!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature!r}.")
         if not 0 < self.top_p <= 1:
@@ -90,7 +124,7 @@ class Prompts:
         self.chats = [not isinstance(prompt, str) for prompt in prompts]
         self.ids = [self._tokens(place) for place in range(len(prompts))]
         for place, found in enumerate(self.ids):
-            if not found:
+            if not found or not prompts[place]:
                 raise ValueError(f"prompt {place} has no tokens.")
 
     @staticmethod
@@ -101,7 +135,10 @@ class Prompts:
             raise TypeError(f"prompt {place} must be a text or a list of messages, got {type(prompt).__name__}.")
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(f"prompt {place} is a chat, and there is no chat template: give texts.")
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"prompt {place} does not go through the chat template: {error}") from error
 
     def _tokens(self, place: int) -> list[int]:
         if self.images is not None and self.images[place]:
@@ -162,7 +199,7 @@ def plan(lengths: Sequence[int], sampling: Sampling) -> list[Batch]:
 
 def generate(
     model: Any, prompts: Prompts, batches: Sequence[Batch], sampling: Sampling
-) -> Iterator[tuple[Batch, list[list[str]], int]]:
+) -> Generator[tuple[Batch, list[list[str]], int]]:
     """Complete the prompts of batches, one batch after the other.
 
     Args:
@@ -174,17 +211,18 @@ def generate(
     Yields:
         A batch, its prompts' completions without special tokens, and the number of tokens generated.
     """
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     model.eval()
     try:
         for batch in batches:
-            with torch.random.fork_rng(devices), torch.inference_mode():
+            with torch.random.fork_rng(devices), torch.no_grad():
                 torch.manual_seed(_seed(batch, sampling))
                 done = _complete(model, prompts, batch, sampling)
             yield batch, *done
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 def _seed(batch: Batch, sampling: Sampling) -> int:
@@ -193,6 +231,7 @@ def _seed(batch: Batch, sampling: Sampling) -> int:
 
 def _complete(model: Any, prompts: Prompts, batch: Batch, sampling: Sampling) -> tuple[list[list[str]], int]:
     tokenizer = prompts.tokenizer
+    ends = _ends(model, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     device = model.get_input_embeddings().weight.device
     inputs = {name: value.to(device) for name, value in prompts.inputs(batch.prompts, pad).items()}
@@ -200,14 +239,15 @@ def _complete(model: Any, prompts: Prompts, batch: Batch, sampling: Sampling) ->
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "pad_token_id": pad,
+        "eos_token_id": ends or None,
         "use_cache": True,
-        # whatever the model's own generation config says
-        "max_length": None,
-        "min_new_tokens": None,
-        "repetition_penalty": 1.0,
         "num_beams": 1,
         "return_dict_in_generate": False,
+        **dict.fromkeys(_UNSET),
     }
+    image = getattr(getattr(model, "config", None), "image_token_id", None)
+    if isinstance(image, int):  # there is no image behind one that is drawn
+        options["suppress_tokens"] = [image]
     if sampling.temperature:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     else:
@@ -220,25 +260,42 @@ def _complete(model: Any, prompts: Prompts, batch: Batch, sampling: Sampling) ->
     while len(texts[0]) < sampling.n:
         part = min(rows, sampling.n - len(texts[0]))
         made = model.generate(**inputs, num_return_sequences=part, **options)[:, width:]
-        count += int(_lengths(made, model, tokenizer).sum())
-        decoded = tokenizer.batch_decode(made, skip_special_tokens=True)
+        lengths = _lengths(made, ends, pad if sampling.stop_strings else None).tolist()
+        count += sum(lengths)
+        written = [row[:length] for row, length in zip(made.tolist(), lengths)]
+        decoded = [
+            _cut(text, sampling.stop_strings) for text in tokenizer.batch_decode(written, skip_special_tokens=True)
+        ]
         for place in range(len(texts)):
             texts[place] += decoded[place * part : (place + 1) * part]
     return texts, count
 
 
-def _lengths(made: torch.Tensor, model: Any, tokenizer: Any) -> torch.Tensor:
-    """Tokens up to and with the one that ends a text, int64 [rows]."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-    known = [token for token in (*ends, tokenizer.eos_token_id) if token is not None]
-    stop = torch.isin(made, torch.tensor(known, dtype=made.dtype, device=made.device))
-    return torch.where(stop.any(1), stop.int().argmax(1) + 1, made.shape[1])
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, of the model and of its tokenizer, as GRPO takes them."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [*(known if isinstance(known, (list, tuple)) else [known]), tokenizer.eos_token_id]
+    return [token for token in dict.fromkeys(found) if token is not None]
+
+
+def _lengths(made: torch.Tensor, ends: Sequence[int], pad: int | None) -> torch.Tensor:
+    """Tokens up to and with the one that ends a text, or without the padding at its end, int64 [rows]."""
+    stop = torch.isin(made, torch.tensor(ends, dtype=made.dtype, device=made.device))
+    lengths = torch.where(stop.any(1), stop.int().argmax(1) + 1, made.shape[1])
+    if pad is None:
+        return lengths
+    padding = (made == pad).flip(1).int().cumprod(1).sum(1)
+    return torch.where(stop.any(1), lengths, lengths - padding)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """A text up to and with the first stop string: a token may have more after it."""
+    return text[: min((text.index(stop) + len(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def generate_by_vllm(
     model: Any, prompts: Prompts, batches: Sequence[Batch], sampling: Sampling
-) -> Iterator[tuple[Batch, list[list[str]], int]]:
+) -> Generator[tuple[Batch, list[list[str]], int]]:
     """`generate` by a `vllm.LLM`, which batches by itself; the batches here are what is saved at once. Texts only."""
     from vllm import SamplingParams
 

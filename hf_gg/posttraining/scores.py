@@ -71,7 +71,7 @@ def forgetting(scores: Sequence[Sequence[float]] | np.ndarray | torch.Tensor) ->
         raise ValueError(f"forgetting needs scores of two tasks or more, [T, T], got {[*table.shape]}.")
     last, before = table[-1, :-1], table[:-1, :-1]
     needed = np.tril(np.ones_like(before, bool))
-    if not np.isfinite(last).all() or not np.isfinite(before[needed]).all():
+    if not np.isfinite(last).all() or not np.isfinite(before[needed]).all() or np.isinf(before).any():
         raise ValueError("scores are missing: of every task those after it was learned are needed.")
     return float((last - np.nanmax(before, axis=0)).mean())
 
@@ -94,7 +94,10 @@ def plot_scores(result: ContinualResult, file: str | Path) -> None:
     axes.set_yticks(range(len(rows)), ["before", *(f"after {name}" for name in learned)])
     axes.set_xlabel("evaluated on")
     figure.colorbar(picture, label="accuracy")
-    figure.savefig(file, dpi=120)
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.tmp")
+    figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")
+    temporary.replace(file)
 
 
 def _table(scores: Any) -> np.ndarray:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .rewards import Reward, text_of
@@ -94,6 +96,18 @@ def with_completion(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}]}
     apart = text[:1].isspace() or row["prompt"][-1:].isspace()
     return {"prompt": row["prompt"], "completion": text if apart else f" {text}"}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint of a trainer that was written to its end; None without."""
+    found = []
+    for place in folder.glob("checkpoint-*"):
+        try:
+            json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+            found.append((int(place.name.rpartition("-")[2]), str(place)))
+        except (OSError, ValueError):
+            shutil.rmtree(place, ignore_errors=True)
+    return max(found)[1] if found else None
 
 
 def digest_of(data: Any) -> str:

@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from trl import GRPOConfig, SFTConfig
 from hf_gg import GGConfig, quantize_
 from hf_gg.posttraining.continual import ContinualRunner, Task, average_accuracy, forgetting
 from hf_gg.posttraining.rewards import number_match
-from hf_gg.posttraining.rif import Sampling
+from hf_gg.posttraining.rif import AllDropped, Sampling
 
 
 # --- metrics, by hand ---
@@ -32,7 +34,9 @@ def test_average_accuracy_and_forgetting():
     assert forgetting(table) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("scores", [[], [[]], [0.5], [[0.5]], [[0.5, 0.5]], [[0.1, 0.2], [math.nan, 0.3]]])
+@pytest.mark.parametrize(
+    "scores", [[], [[]], [0.5], [[0.5]], [[0.5, 0.5]], [[0.1, 0.2], [math.nan, 0.3]], [[1, math.inf, 0], P[1], P[2]]]
+)
 def test_forgetting_of_bad_tables(scores):
     with pytest.raises(ValueError, match=r"table|two tasks|missing"):
         forgetting(scores)
@@ -186,6 +190,92 @@ def test_joint_training_judges_each_row_by_its_task(tmp_path):
     assert len(result.scores) == 1 and len(result.scores[0]) == 2
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert written["forgetting"] is None and written["average_accuracy"] == pytest.approx(sum(result.scores[0]) / 2)
+
+
+def test_too_few_instances_for_a_step(tmp_path):
+    """The stock trainer would stop at step 0, and the run would tell of training that did not happen."""
+
+    def first(completions, prompts, **_):
+        return [float(prompt.split()[1] == "0") for prompt in prompts]
+
+    tasks = [Task("20", TASKS[0].train, TASKS[0].test, first)]
+    rif = {"n": 2, "max_new_tokens": 2}
+    run = ContinualRunner(llama, tokenizer(), tasks, tmp_path / "a", grpo(), rif=rif, evaluation=EVALUATION)
+    with pytest.raises(ValueError, match=r"1 instances are left, and a step of GRPO takes 2 \(") as caught:
+        run.run()
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["This happened in training on 20."]
+    assert not (tmp_path / "a" / "results.json").exists()
+
+
+def test_nothing_is_right(tmp_path):
+    def never(completions, **_):
+        return [0.0 for _ in completions]
+
+    tasks = [TASKS[0], Task("30", TASKS[1].train, TASKS[1].test, never)]
+    rif, args = {"n": 2, "max_new_tokens": 2, "min_correct": 1}, grpo(max_steps=1)
+    tasks[0] = Task("20", TASKS[0].train, TASKS[0].test, loose)
+    run = ContinualRunner(llama, tokenizer(), tasks, tmp_path / "a", args, rif=rif, evaluation=EVALUATION)
+    with pytest.raises(AllDropped) as caught:
+        run.run()
+    assert caught.value.report.counts == [0] * 8
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["This happened in training on 30."]
+    assert len(json.loads((tmp_path / "a" / "state.json").read_text())["scores"]) == 1  # task 20 is kept
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    def run(callbacks):
+        return ContinualRunner(
+            llama, tokenizer(), TASKS[:1], tmp_path / "a", sft(), evaluation=EVALUATION, callbacks=callbacks
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Kill(35)]).run()
+    folder = tmp_path / "a" / "00-20" / "trainer"
+    shutil.copytree(folder / "checkpoint-30", folder / "checkpoint-38")
+    (folder / "checkpoint-38" / "optimizer.pt").write_bytes(b"cut")
+    state = (folder / "checkpoint-38" / "trainer_state.json").read_text()
+    (folder / "checkpoint-38" / "trainer_state.json").write_text(state[:50])
+    assert run([]).run().scores == [[1.0]]
+
+
+def test_what_may_not_change_in_a_run_that_goes_on(tmp_path):
+    def run(seed=0, general=None, callbacks=()):
+        return ContinualRunner(
+            lambda: llama(seed),
+            tokenizer(),
+            TASKS,
+            tmp_path / "a",
+            sft(max_steps=5),
+            peft_config=LoraConfig(**LORA),
+            evaluation=EVALUATION,
+            general=general,
+            callbacks=callbacks,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(callbacks=[Kill(7)]).run()
+    with pytest.raises(ValueError, match="load gives another model than the one that"):
+        run(seed=1).run()
+    with pytest.raises(ValueError, match="was begun without a general benchmark"):
+        run(general=lambda model, words: 1.0).run()
+    assert len(run().run().scores) == 2
+
+
+def test_names_columns_and_answers(tmp_path):
+    train, test = TASKS[0].train, TASKS[0].test
+    for name in ("a/b", "..", "", "a\\b", "a\0b"):
+        with pytest.raises(ValueError, match="a task's name is that of a folder too"):
+            ContinualRunner(llama, tokenizer(), [Task(name, train, test, number_match)], tmp_path / "a", sft())
+    numbered = train.add_column("task", ["x"] * 8)
+    with pytest.raises(ValueError, match="20: train has a column 'task'"):
+        ContinualRunner(llama, tokenizer(), [Task("20", numbered, test, number_match)], tmp_path / "a", sft())
+    for holes in (["1", None], ["1", " "], [1.0, math.nan]):
+        data = Dataset.from_dict({"prompt": ["1", "2"], "answer": holes})
+        with pytest.raises(ValueError, match="20: row 1 of train has no answer"):
+            ContinualRunner(llama, tokenizer(), [Task("20", data, test, number_match)], tmp_path / "a", sft())
+    assert not (tmp_path / "a").exists()
 
 
 def test_bad_runs(tmp_path):

@@ -23,6 +23,14 @@ from hf_gg.posttraining.rewards import choice_in, choice_match, combine, exact_m
         ("12%", 12),
         (r"12\%", 12),
         ("$5", 5),
+        (r"2\frac{1}{2}", Fraction(5, 2)),
+        (r"-2\dfrac12", None),
+        ("-2 1/2", Fraction(-5, 2)),
+        ("2 1/0", None),
+        (r"-\frac{1}{2}", Fraction(-1, 2)),
+        ("1{,}234", 1234),
+        ("-0", 0),
+        ("\uff11\uff12", 12),
         (r"\$1,000.50", Fraction("1000.5")),
         ("$-5$", -5),
         ("2e3", 2000),
@@ -58,6 +66,8 @@ def test_every_fraction_is_read(number):
         ("so 3 + 4 = 7.", 7),
         ("3 apples and 4 pears", 4),
         ("from 10-20", 20),
+        ("so it is \u22127", -7),
+        (r"\boxed{} #### 5", 5),
         ("from 10 to -20", -20),
         ("She pays 12.\n#### 72\nnot 5", 72),
         ("#### 5 apples", 5),
@@ -90,6 +100,9 @@ def test_the_number_of_an_answer(text, number):
         ("A cat sat. It must be C", "C"),
         ("A cat sat", None),
         ("I do not know", None),
+        ("Of all choices, B is best", "B"),
+        ("**Answer**: C", "C"),
+        ("The answer is: **D**", "D"),
         ("", None),
     ],
 )
@@ -107,7 +120,7 @@ def test_rewards_of_texts_and_chats():
         0,
     ]
     assert choice_match(completions=["B", "B", "C", "(a)"], answer=["b", 1, "(D)", 0]) == [1, 1, 0, 0]
-    assert format_match(completions=["4", "#### 4", r"\boxed{}"]) == [0, 1, 1]
+    assert format_match(completions=["4", "#### 4", r"\boxed{4}", r"\boxed{}", "####"]) == [0, 1, 1, 0, 0]
     thinks = rewards.matches(r"<think>.*</think>\s*<answer>.*</answer>")
     assert thinks(completions=[" <think>a\nb</think>\n<answer>4</answer> ", "<answer>4</answer>"]) == [1, 0]
 
@@ -152,10 +165,11 @@ def test_no_text_raises(text):
 
 
 LONG = {"9": 100_000, "1,": 50_000, "\\boxed{": 20_000, "{": 50_000, "-": 100_000, "1e": 50_000, "####": 20_000}
+LONG |= {"answer" + " " * 20_000 + "!": 1, "\\boxed" + " " * 20_000 + "x": 1, "#### " + "!" * 20_000: 1}
 LONG |= {"\\frac{": 20_000, "A ": 50_000, "answer ": 20_000, "$ ": 50_000, "1/": 50_000, "1 /": 30_000}
 
 
-@pytest.mark.parametrize("text", [part * times for part, times in LONG.items()], ids=LONG)
+@pytest.mark.parametrize("text", [part * times for part, times in LONG.items()], ids=[part[:12] for part in LONG])
 def test_long_texts_take_no_time(text):
     start = time.process_time()
     rewards.number_in(text), rewards.parse_number(text), choice_in(text)

@@ -1,18 +1,22 @@
 import json
 import math
+import subprocess
 import sys
+import tempfile
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import WORDS, Scripted, is_right, llama, tokenizer, vision_language
 
 from hf_gg import GGConfig, quantize_
-from hf_gg.posttraining.rif import AllDropped, Sampling, filter_by_rollouts, keep_mask, number_match, roll_out
+from hf_gg.posttraining.rif import AllDropped, Sampling, combine, filter_by_rollouts, keep_mask, number_match, roll_out
+from hf_gg.posttraining.rollout_cache import RolloutCache
 from hf_gg.posttraining.rollouts import Prompts, generate, plan
 
 
@@ -134,7 +138,9 @@ def test_counts_are_those_of_the_completions():
 def test_temperature_and_top_p():
     """Shares of the first token, against the softmax; whatever the model's generation config says."""
     model, words = llama(), tokenizer()
-    model.generation_config.update(temperature=0.01, top_k=1, repetition_penalty=5.0, max_length=3)
+    model.generation_config.update(temperature=0.01, top_k=1, repetition_penalty=5.0, max_length=3, min_p=0.9)
+    model.generation_config.update(no_repeat_ngram_size=1, typical_p=0.1, suppress_tokens=[5, 6], min_length=9)
+    model.generation_config.update(bad_words_ids=[[7]], eta_cutoff=0.1, epsilon_cutoff=0.1, stop_strings=["7"])
     prompts = Prompts(words, ["1 +"])
     logits = model(torch.tensor([prompts.ids[0]])).logits[0, -1].detach().double()
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.4)):
@@ -169,6 +175,54 @@ def test_chats():
     assert report.counts == [0, 1, 2] and kept["level"][:] == ["b", "c"]
     assert all(p[0][0]["content"].endswith("+ 1") and c[0][0]["role"] == "assistant" for p, c, _ in seen)
     assert [words.decode(prompt) for prompt in policy.seen] == ["0 + 1 =", "1 + 1 =", "2 + 1 ="]  # asks for an answer
+
+
+def test_completions_end_where_the_tokenizer_or_a_stop_string_says():
+    """Also where the model's own config names no end, and where padding is a word like any other."""
+    model, words = llama(), tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    prompts = Prompts(words, ["1 + 2 ="])
+    free = torch.tensor([prompts.ids[0]])
+    made = model.generate(free, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:]
+    texts = words.decode(made).split()
+    words.eos_token = texts[2]  # a word that comes
+    words.pad_token = None
+    sampling = Sampling(n=1, temperature=0, max_new_tokens=6)
+    end = texts.index(texts[2]) + 1
+    [(_, [[text]], tokens)] = generate(model, prompts, plan([4], sampling), sampling)
+    assert text.split() == texts[:end] and tokens == end
+    words = tokenizer()
+    words.pad_token, words.eos_token = None, None  # pads with token 0
+    sampling = Sampling(n=1, temperature=0, max_new_tokens=6, stop_strings=(texts[1],))
+    prompts = Prompts(words, ["1 + 2 =", "3 ="])
+    [(batch, found, tokens)] = generate(model, prompts, plan([4, 2], sampling), sampling)
+    text = " ".join(texts)
+    assert found[batch.prompts.index(0)] == [text[: text.index(texts[1]) + len(texts[1])]]
+    assert 2 <= tokens < 12
+
+
+def test_the_model_is_left_as_it_was():
+    """Each of its modules in its own mode, also while an exception is kept; no tensors that cannot be trained on."""
+
+    def bad(completions, **_):
+        raise KeyError("no such thing")
+
+    for reward in (is_right, bad):
+        model = llama().train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        before = {**vars(model.generation_config)}
+        words = tokenizer()
+        sides = words.padding_side, words.pad_token
+        try:
+            filter_by_rollouts(model, words, scripted_data([1]), reward, min_correct=0, max_new_tokens=3)
+        except RuntimeError as error:
+            kept = error
+            assert kept.__cause__ is not None
+        assert [module.training for module in model.modules()] == modes
+        assert {**vars(model.generation_config)} == before and sides == (words.padding_side, words.pad_token)
+        model(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss.backward()
 
 
 # --- going on ---
@@ -238,6 +292,7 @@ def test_a_cache_of_another_run(tmp_path):
         {"policy": policy, "seed": 1},
         {"policy": policy, "threshold": 0.9},
         {"policy": policy, "reward": number_match},
+        {"policy": policy, "reward": combine(is_right)},
     ):
         with pytest.raises(ValueError, match="cache.jsonl holds rollouts of another policy, data set or"):
             run(**change)
@@ -246,6 +301,101 @@ def test_a_cache_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="is no cache of rollouts"):
         run(policy)
     assert file.read_text() == "notes of mine\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "notes of mine",
+        "",
+        "\0\0",
+        "[1]",
+        '{"batch": 1}',
+        '{"batch": 99, "counts": [1], "failures": [], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [], "failures": [], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [1, 9], "failures": [], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [1, -1], "failures": [], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [1, true], "failures": [], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [1, 1], "failures": [[0, 0]], "tokens": 2, "seconds": 0.1}',
+        '{"batch": 1, "counts": [1, 1], "failures": [], "tokens": 2, "seconds": NaN}',
+    ],
+)
+def test_a_damaged_cache(line, tmp_path):
+    """It is refused, whatever the damage, and without the damaged line the rest is good."""
+    file, rights = tmp_path / "cache.jsonl", [1, 2, 3, 8, 0, 2]
+    options = {"max_new_tokens": 4, "batch_tokens": 120, "cache": file}
+    policy = Scripted(8)
+    whole = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, **options)[1]
+    lines = file.read_text().split("\n")
+    file.write_text("\n".join([*lines[:2], line, *lines[3:]]))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"cache.jsonl, line 3 is damaged \(.*its batch is rolled out again"):
+        filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, **options)
+    assert file.read_bytes() == before
+    file.write_text("\n".join([*lines[:2], *lines[3:]]))
+    policy.rows, policy.seen = [], {}
+    again = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, **options)[1]
+    assert len(policy.rows) == 1 and again.counts == whole.counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_cache_with_bytes_flipped_or_cut(data):
+    """Counts are right or the file is refused; never anything else."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cache.jsonl"
+        cache = RolloutCache(file, "x", [2, 1, 2], 4)
+        for number, size in enumerate((2, 1, 2)):
+            cache.add(number, {"counts": [1] * size, "failures": [[0, 1, "é"]], "tokens": 3, "seconds": 0.5})
+        content = bytearray(file.read_bytes())
+        if data.draw(st.booleans()):
+            del content[data.draw(st.integers(0, len(content))) :]
+        else:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content)
+        try:
+            found = RolloutCache(file, "x", [2, 1, 2], 4).batches
+        except ValueError:
+            return
+        assert all(0 <= number < 3 and len(found[number]["counts"]) == (2, 1, 2)[number] for number in found)
+        assert all(0 <= count <= 4 for record in found.values() for count in record["counts"])
+        assert file.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path):
+    """SIGKILL, again and again: the same result, and no instance is rolled out twice."""
+    script = f"""
+import os, signal, sys, json
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from policies import *
+from test_rif import scripted_data, filter_by_rollouts
+torch.manual_seed(0)
+policy, generate = Scripted(8), Scripted.generate
+def killing(self, **options):
+    if len(self.rows) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made = generate(self, **options)
+    print(json.dumps([tokenizer().decode(prompt) for prompt in self.seen]), file=open(sys.argv[2], "a"))
+    self.seen.clear()
+    return made
+Scripted.generate = killing
+rights = [0, 3, 8, 1, 0, 8, 7]
+report = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
+    batch_tokens=200, cache=sys.argv[1], show_progress=False)[1]
+print(json.dumps(report.counts))
+"""
+    cache, log = tmp_path / "cache.jsonl", tmp_path / "log"
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9, done.stderr
+        assert len(cache.read_text().split("\n")) % 2 == 0  # the head, two batches a round, and the end
+    assert len(log.read_text().split("\n")) > 3 and json.loads(done.stdout) == [0, 3, 8, 1, 0, 8, 7]
+    rolled = [prompt for line in log.read_text().splitlines() for prompt in json.loads(line)]
+    assert len(rolled) == len({*rolled}) == 7
 
 
 # --- rewards that fail ---
@@ -290,6 +440,39 @@ def test_failures_that_count_as_wrong():
     assert report.failures == wanted and "failed on 13 rollouts" in str(report)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, "1.0", [1.0], 1j, torch.ones(2)])
+def test_rewards_that_are_no_finite_numbers(value):
+    def odd(completions, **_):
+        return [value for _ in completions]
+
+    with pytest.raises(ValueError, match=r"odd is .* for a rollout of instance 0, and no finite number"):
+        filter_by_rollouts(Scripted(2), tokenizer(), scripted_data([1]), odd, n=2)
+    _, report = filter_by_rollouts(
+        Scripted(2), tokenizer(), scripted_data([1]), odd, n=2, min_correct=0, on_error="wrong"
+    )
+    assert report.counts == [0] and report.failures == [(0, k, f"{value!r}") for k in range(2)]
+
+
+@pytest.mark.parametrize("kind", [torch.ones, np.ones, lambda count: [True] * count])
+def test_rewards_may_be_tensors_arrays_and_truth_values(kind):
+    def reward(completions, **_):
+        return kind(len(completions))
+
+    report = filter_by_rollouts(Scripted(2), tokenizer(), scripted_data([1, 2]), reward, n=2)[1]
+    assert report.counts == [2, 2] and all(type(count) is int for count in report.counts)
+
+
+def test_a_reward_at_the_threshold_is_right():
+    def graded(completions, number, **_):
+        return [(0.25, 0.5, 0.75)[number[0]] for _ in completions]
+
+    for threshold, wanted in ((0.25, [2, 2, 2]), (0.5, [0, 2, 2]), (0.75, [0, 0, 2])):
+        _, report = filter_by_rollouts(
+            Scripted(2), tokenizer(), scripted_data([1, 1, 1]), graded, n=2, threshold=threshold
+        )
+        assert report.counts == wanted
+
+
 def test_a_reward_of_another_length():
     with pytest.raises(RuntimeError, match="it returned 1 rewards for 8 completions"):
         filter_by_rollouts(Scripted(8), tokenizer(), scripted_data([1]), lambda completions, **_: [1.0])
@@ -330,6 +513,11 @@ def test_all_dropped(tmp_path):
         ({"prompt": ["1"]}, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number from 1"),
         ({"prompt": ["1"]}, {"threshold": math.nan}, ValueError, "threshold must be a finite number"),
         ({"prompt": ["1"]}, {"on_error": "skip"}, ValueError, "on_error must be 'fail' or 'wrong'"),
+        ({"prompt": ["1"], "completions": ["1"]}, {}, ValueError, "has a column 'completions', which"),
+        ({"prompt": ["1"]}, {"seed": 0.5}, ValueError, "seed must be a whole number from 0"),
+        ({"prompt": ["1"]}, {"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
+        ({"prompt": ["1"]}, {"threshold": "1"}, ValueError, "threshold must be a finite number, got '1'"),
+        ({"prompt": ["1"]}, {"stop_strings": "END"}, ValueError, r"such as \('END',\), got 'END'"),
         ({"prompt": ["1"], "image": [3]}, {}, ValueError, "prompts with images need the model's processor"),
     ],
 )
@@ -338,6 +526,19 @@ def test_bad_input(data, options, error, message):
     with pytest.raises(error, match=message):
         filter_by_rollouts(policy, tokenizer(), Dataset.from_dict(data), is_right, **options)
     assert not policy.rows
+
+
+def test_bad_chats_and_kinds_of_data():
+    words = tokenizer(chat=True)
+    words.chat_template = "{{ raise_exception('no system') }}"
+    data = Dataset.from_dict({"prompt": [[{"role": "system", "content": "1"}]]})
+    with pytest.raises(ValueError, match="prompt 0 does not go through the chat template: no system"):
+        filter_by_rollouts(Scripted(8), words, data, is_right)
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}], []]})
+    with pytest.raises(ValueError, match="prompt 1 "):
+        filter_by_rollouts(Scripted(8), tokenizer(chat=True), data, is_right)
+    with pytest.raises(TypeError, match="must be a datasets.Dataset, got list"):
+        filter_by_rollouts(Scripted(8), words, [{"prompt": "1"}], is_right)
 
 
 def test_prompts_longer_than_the_context():
@@ -360,7 +561,7 @@ def test_vllm(monkeypatch):
             self.__dict__ |= options
 
     class LLM:
-        llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=64))
+        llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=64, model="tiny"))
 
         def generate(self, prompts, sampling_params, use_tqdm):
             seen.append((prompts, sampling_params))
@@ -395,6 +596,7 @@ def test_prompts_with_images():
     from PIL import Image
 
     model, processor = vision_language()
+    image = model.config.image_token_id  # never drawn, as in GRPO
     noise = np.random.default_rng(0)
     images = [Image.fromarray(noise.integers(0, 255, (16 + 8 * k, 16, 3), dtype=np.uint8)) for k in range(4)]
     prompt = "<|vision_start|><|image_pad|><|vision_end|> {} + 2 ="
@@ -405,7 +607,7 @@ def test_prompts_with_images():
     [(batch, found, _)] = generate(model, prompts, plan([len(ids) for ids in prompts.ids], sampling), sampling)
     for place, completions in zip(batch.prompts, found):
         alone = processor(text=[data["prompt"][place]], images=[[images[place]]], return_tensors="pt")
-        made = model.generate(**alone, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        made = model.generate(**alone, max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[image])
         made = made[0, alone["input_ids"].shape[1] :]
         assert completions == [processor.tokenizer.decode(made, skip_special_tokens=True)]
 

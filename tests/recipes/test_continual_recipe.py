@@ -100,10 +100,15 @@ def test_gsm8k(tmp_path):
     for text, message in (
         ("{", "line 7: no question"),
         ('{"question": "a", "answer": "b"}', "line 7: the answer does"),
+        ('{"question": "a", "answer": "b #### none"}', "line 7: the answer does"),
+        ('{"question": null, "answer": "b #### 4"}', "line 7: no question"),
+        ("[1]", "line 7: no question"),
     ):
         file.write_text("\n".join([*rows, text]))
         with pytest.raises(ValueError, match=message):
             gsm8k(file, 3, 2)
+    file.write_text("\n".join([*rows, '{"question": "two\u2028lines", "answer": "#### 7"}']), encoding="utf-8")
+    assert "two\u2028lines" in gsm8k(file, 3, 2).test[1]["prompt"][0]["content"]
     file.write_text(rows[0])
     with pytest.raises(ValueError, match="has 1 rows: more than the 2"):
         gsm8k(file, 3, 2)
