@@ -1,14 +1,15 @@
 """ONNX files of quantized models whose weights stay 8 bits, through Transformers' own exporter.
 
-    export_onnx(model, "smollm2-onnx")
+export_onnx(model, "smollm2-onnx")
 
-    exported = ExportedModel.from_pretrained("smollm2-onnx")  # transformers.exporters: runs in onnxruntime
-    exported(input_ids=…, attention_mask=…, …).logits
+exported = ExportedModel.from_pretrained("smollm2-onnx")  # transformers.exporters: runs in onnxruntime
+exported(input_ids=…, attention_mask=…, …).logits
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging as std_logging
 import os
@@ -26,7 +27,6 @@ from .folders import new_folder
 
 
 MIN_OPSET = 18
-_NEEDED = "ONNX export needs onnx and onnxscript: pip install 'hf-gg[onnx]'."
 # What a sample has: more than one of each, so that none is taken for a constant.
 _BATCH, _LENGTH = 2, 8
 
@@ -66,33 +66,44 @@ def export_onnx(
             that Transformers cannot export; an unknown `decode`, an opset below 18; the folder is not empty.
         OSError: the folder cannot be written.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-
-        from . import onnx_nodes
-    except ImportError as error:
-        raise ImportError(f"{_NEEDED} ({error})") from error
     check(model)
+    with new_folder(Path(path), overwrite) as target:
+        write(model, target, inputs, cache=cache, decode=decode, opset=opset)
+    return Path(path)
+
+
+def write(
+    model: PreTrainedModel,
+    target: Path,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    cache: bool | None = None,
+    decode: str = "run",
+    opset: int | None = None,
+) -> None:
+    """Write the files of `export_onnx` into a folder that is there. Same arguments, same errors."""
+    check(model)
+    from . import onnx_nodes
+
     if decode not in onnx_nodes.DECODE:
         raise ValueError(f"decode must be one of {', '.join(map(repr, onnx_nodes.DECODE))}, got {decode!r}.")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < MIN_OPSET):
         raise ValueError(f"opset must be a number of {MIN_OPSET} or more, got {opset!r}: leave it out.")
     if cache and inputs is not None:
         raise ValueError("cache=True makes its own sample: leave inputs out, or give past_key_values among them.")
-    if cache is None:
-        cache = inputs is None and _writes_text(model)
     if cache and not _writes_text(model):
         raise ValueError(f"cache=True is for decoders that write text, and {type(model).__name__} is none.")
-    out = Path(path)
-    with new_folder(out, overwrite) as target:
-        exported = _export(model, dict(inputs) if inputs is not None else _sample(model), cache, decode, opset)
-        exported.save_pretrained(target)
-    return out
+    if cache is None:
+        cache = inputs is None and _writes_text(model)
+    sample = dict(inputs) if inputs is not None else _sample(model)
+    _export(model, sample, cache, decode, opset).save_pretrained(target)
 
 
 def check(model: Any) -> None:
-    """Raise the error for a model that `export_onnx` does not take."""
+    """Raise the error for a model that `export_onnx` does not take, or for packages that are missing."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install 'hf-gg[onnx]'.")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"export_onnx takes a Transformers model, got {type(model).__name__}.")
     if not any(True for _ in selection.quantized_modules(model)):
@@ -120,8 +131,8 @@ def _writes_text(model: PreTrainedModel) -> bool:
 def _sample(model: PreTrainedModel) -> dict[str, Any]:
     if model.main_input_name != "input_ids":
         raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name}: give a sample as inputs={{{model.main_input_name!r}"
-            ": …}."
+            f"{type(model).__name__} takes {model.main_input_name}: give a sample, "
+            f"inputs={{{model.main_input_name!r}: …}}."
         )
     size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(_BATCH * _LENGTH, device=model.device).remainder(size).view(_BATCH, _LENGTH)

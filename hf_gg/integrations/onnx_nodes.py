@@ -290,7 +290,9 @@ def _places(node: ir.Node, index: ir.Value) -> tuple[np.ndarray, np.ndarray, np.
     rows, columns = _number(node, "rows"), _number(node, "columns")
     flat = _array(index)
     expert, row, column = flat // (rows * columns), flat // columns % rows, flat % columns
-    return (expert, row, column, rows, columns) if _number(node, "transposed") else (expert, column, row, columns, rows)
+    return (
+        (expert, row, column, rows, columns) if _number(node, "transposed") else (expert, column, row, columns, rows)
+    )
 
 
 def _array(value: ir.Value) -> np.ndarray:
