@@ -277,7 +277,7 @@ class _Lowering:
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.initializers[name] = value
         return value
 
