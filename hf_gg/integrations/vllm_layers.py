@@ -131,6 +131,8 @@ class GGLinearMethod(LinearMethodBase):
 
     def __init__(self, weight_format: str, prefix: str):
         self.weight_format, self.prefix = weight_format, prefix
+        self._wanted: set = set()
+        self._loaded: set = set()
 
     def create_weights(
         self,
@@ -145,9 +147,10 @@ class GGLinearMethod(LinearMethodBase):
     ) -> None:
         """Give a layer empty `weight` [out, in] of this process and `weight_scale` [out, 1]."""
         rows, name = sum(output_partition_sizes), f"{self.prefix}.weight"
-        load = _unpacking(weight_loader, name, 2)
-        weight = _codes(self.weight_format, rows, input_size_per_partition)
-        scale = _scale(rows)
+        # vLLM names the parts of a merged weight by numbers or letters; one that is merged in the file has no name
+        self._wanted = set(range(len(output_partition_sizes)))
+        load = _unpacking(weight_loader, name, self._loaded)
+        weight, scale = _codes(rows, input_size_per_partition), _scale(rows)
         set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, "weight_loader": load, **attributes})
         set_weight_attrs(scale, {"output_dim": 0, "weight_loader": weight_loader, **attributes})
         layer.register_parameter("weight", weight)
@@ -160,7 +163,8 @@ class GGLinearMethod(LinearMethodBase):
         Raises:
             ValueError: codes or scales are missing or damaged.
         """
-        _finish(layer, "weight", self.weight_format, f"{self.prefix}.weight")
+        complete = None in self._loaded or len(self._loaded) == len(self._wanted)
+        _finish(layer, "weight", self.weight_format, f"{self.prefix}.weight", complete)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops.linear(x, layer.weight, layer.weight_scale, bias, self.weight_format)  # type: ignore[arg-type]
@@ -178,6 +182,7 @@ class GGExpertsMethod(FusedMoEMethodBase):
     def __init__(self, weight_format: str, prefix: str, moe: Any):
         super().__init__(moe)
         self.weight_format, self.prefix = weight_format, prefix
+        self._loaded: set[str] = set()
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
@@ -217,8 +222,8 @@ class GGExpertsMethod(FusedMoEMethodBase):
             "w2_weight": (hidden_size, intermediate_size_per_partition),
         }
         for name, (rows, columns) in sizes.items():
-            weight, scale = _codes(self.weight_format, num_experts, rows, columns), _scale(num_experts, rows)
-            load = _splitting(weight_loader, f"{self.prefix}.{name}")
+            weight, scale = _codes(num_experts, rows, columns), _scale(num_experts, rows)
+            load = _splitting(weight_loader, f"{self.prefix}.{name}", self._loaded)
             set_weight_attrs(weight, {**attributes, "weight_loader": load})
             set_weight_attrs(scale, {**attributes, "weight_loader": weight_loader, "quant_method": "channel"})
             layer.register_parameter(name, weight)
@@ -231,8 +236,8 @@ class GGExpertsMethod(FusedMoEMethodBase):
         Raises:
             ValueError: codes or scales are missing or damaged.
         """
-        for name in ("w13_weight", "w2_weight"):
-            _finish(layer, name, self.weight_format, f"{self.prefix}.{name}")
+        for name, parts in (("w13_weight", {"w1", "w3"}), ("w2_weight", {"w2"})):
+            _finish(layer, name, self.weight_format, f"{self.prefix}.{name}", parts <= self._loaded)
 
     def apply(
         self,
@@ -272,10 +277,8 @@ class GGExpertsMethod(FusedMoEMethodBase):
         return torch.zeros_like(state).index_copy_(0, order, state).view(-1, k, state.shape[-1]).sum(1).to(x.dtype)
 
 
-def _codes(weight_format: str, *shape: int) -> nn.Parameter:
-    """Empty codes: of a code that no checkpoint holds, if there is one, so that missing ones are found."""
-    fill = next(iter(get_format(weight_format).refused), 0)
-    return nn.Parameter(torch.full(shape, fill, dtype=torch.uint8), requires_grad=False)
+def _codes(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
 
 
 def _scale(*shape: int) -> nn.Parameter:
@@ -294,17 +297,19 @@ def _unpack(tensor: torch.Tensor, name: str, ndim: int) -> torch.Tensor:
     return tensor.squeeze(-1) if tensor.ndim == ndim + 1 and tensor.shape[-1] == 1 else tensor
 
 
-def _unpacking(load: Callable, name: str, ndim: int) -> Callable:
-    """A loader of vLLM that is given codes in the shape of the weight."""
+def _unpacking(load: Callable, name: str, loaded: set) -> Callable:
+    """A loader of vLLM that is given codes in the shape of the weight; it notes the parts of a merged one."""
 
     @functools.wraps(load)
-    def loader(param, loaded_weight, *args, **kwargs):
-        return load(param, _unpack(loaded_weight, name, ndim), *args, **kwargs)
+    def loader(param, loaded_weight, loaded_shard_id=None):
+        part = () if loaded_shard_id is None else (loaded_shard_id,)
+        load(param, _unpack(loaded_weight, name, 2), *part)
+        loaded.update(loaded_shard_id if isinstance(loaded_shard_id, tuple) else (loaded_shard_id,))
 
     return loader
 
 
-def _splitting(load: Callable, name: str) -> Callable:
+def _splitting(load: Callable, name: str, loaded: set[str]) -> Callable:
     """vLLM's loader of one expert, given the codes of one, or of all with four dimensions or entropy-coded.
 
     vLLM tells a stack of experts by its three dimensions. Others reach the loader whole, once for gate, once for up.
@@ -312,6 +317,7 @@ def _splitting(load: Callable, name: str) -> Callable:
 
     @functools.wraps(load)
     def loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        loaded.add(shard_id)
         one = functools.partial(load, weight_name=weight_name, shard_id=shard_id, return_success=return_success)
         if loaded_weight.ndim == 2:
             return one(param=param, loaded_weight=loaded_weight, expert_id=expert_id)
@@ -345,10 +351,12 @@ def _refuse_outliers(layer: nn.Module, weight: str, weight_format: str, name: st
         layer.register_parameter(f"{weight}{suffix}", parameter)
 
 
-def _finish(layer: nn.Module, weight: str, weight_format: str, name: str) -> None:
+def _finish(layer: nn.Module, weight: str, weight_format: str, name: str, complete: bool) -> None:
     for suffix in ("_outlier_index", "_outlier_value"):
         layer._parameters.pop(f"{weight}{suffix}", None)
     codes, scale = getattr(layer, weight), getattr(layer, f"{weight}_scale")
+    if not complete:
+        raise ValueError(f"{name} is missing in the checkpoint, in whole or in part: download or save it again.")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(
             f"{name}_scale is missing in the checkpoint, in whole or in part, or holds numbers that are no scales."

@@ -259,10 +259,18 @@ def test_damage_is_named(plugin, tmp_path):
     change_file(tmp_path / "scale", lambda tensors: tensors.pop(f"{name}_scale"))
     with pytest.raises(ValueError, match=r"layers.1.self_attn.qkv_proj.weight_scale is missing .* in part"):
         served(plugin, tmp_path / "scale")
-    save(tmp_path / "codes")
+    save(tmp_path / "codes", weight_format="rf8x")
     change_file(tmp_path / "codes", lambda tensors: tensors.pop(name))
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.qkv_proj.weight"):
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.qkv_proj.weight is missing .* in part"):
         served(plugin, tmp_path / "codes")
+    save(tmp_path / "reserved")
+    change_file(tmp_path / "reserved", lambda tensors: tensors[name].fill_(7))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.qkv_proj.weight: code 0x07"):
+        served(plugin, tmp_path / "reserved")
+    save(tmp_path / "experts", moe=True)
+    change_file(tmp_path / "experts", lambda tensors: tensors.pop("model.layers.0.mlp.experts.down_proj"))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.w2_weight is missing"):
+        served(plugin, tmp_path / "experts")
     save(tmp_path / "floats")
     change_file(tmp_path / "floats", lambda tensors: tensors.update({name: torch.randn(32, 64)}))
     with pytest.raises(ValueError, match=r"stored as torch.float32, but by the config it holds codes"):
