@@ -50,7 +50,8 @@ def test_a_coded_checkpoint_becomes_a_folder_that_runs(source, tmp_path, capsys)
     assert main(["export", str(source), "-o", str(out), "--no-cache", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert files == {str(f.relative_to(out)): f.stat().st_size for f in out.rglob("*") if f.is_file()}
-    assert {"model.onnx", "model.onnx.data", "config.json", "export.json", "tokenizer.json"} == files.keys()
+    copied = {"generation_config.json", "tokenizer.json"}
+    assert {"model.onnx", "model.onnx.data", "config.json", "export.json", *copied} == files.keys()
     model = AutoModelForCausalLM.from_pretrained(source).float().eval()
     tokens = torch.randint(3, 128, (2, 9))
     session = ort.InferenceSession(str(out / "model.onnx"))

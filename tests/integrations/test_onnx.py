@@ -57,7 +57,7 @@ def llama(layers: int = 1, **options) -> LlamaForCausalLM:
 def large_floats(file: Path) -> list[str]:
     """Constants of a graph that are floats of the size of a weight."""
     graph = onnx.load(str(file), load_external_data=False).graph
-    return [t.name for t in graph.initializer if t.data_type != onnx.TensorProto.UINT8 and np.prod(t.dims) > 64 * 32]
+    return [t.name for t in graph.initializer if t.data_type != onnx.TensorProto.UINT8 and np.prod(t.dims) >= 64 * 32]
 
 
 # --- single modules: what each node of ours becomes ---
