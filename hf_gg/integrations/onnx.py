@@ -105,7 +105,10 @@ def check(model: Any) -> None:
     if missing:
         raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install 'hf-gg[onnx]'.")
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"export_onnx takes a Transformers model, got {type(model).__name__}.")
+        raise TypeError(
+            f"export_onnx takes a Transformers model, got {type(model).__name__}: of one with adapters, merge them "
+            "(merge_and_unload)."
+        )
     if not any(True for _ in selection.quantized_modules(model)):
         raise ValueError(
             f"{type(model).__name__} has no weights quantized by hf_gg: load it with quantization_config=GGConfig(), "

@@ -52,7 +52,7 @@ def test_a_coded_checkpoint_becomes_a_folder_that_runs(source, tmp_path, capsys)
     assert files == {str(f.relative_to(out)): f.stat().st_size for f in out.rglob("*") if f.is_file()}
     copied = {"generation_config.json", "tokenizer.json"}
     assert {"model.onnx", "model.onnx.data", "config.json", "export.json", *copied} == files.keys()
-    model = AutoModelForCausalLM.from_pretrained(source).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(source).to(torch.float32).eval()
     tokens = torch.randint(3, 128, (2, 9))
     session = ort.InferenceSession(str(out / "model.onnx"))
     feed = {"input_ids": tokens.numpy(), "attention_mask": np.ones((2, 9), np.int64)}
