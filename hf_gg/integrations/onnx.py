@@ -159,6 +159,7 @@ def _export(model: PreTrainedModel, inputs: dict[str, Any], cache: bool, decode:
             with onnx_nodes.stand_ins():
                 program, metadata = super().export_program(model, sample_inputs, config)
             onnx_nodes.lower(program, decode)
+            onnx_nodes.name_dimensions(program.graph)
             return program, metadata
 
     training = model.training

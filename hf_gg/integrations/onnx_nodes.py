@@ -7,6 +7,7 @@ operators multiply by, bit for bit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ DOMAIN = "hf_gg"
 # An initializer that is a graph input as well may be given by the caller, so no runtime folds what depends on it.
 KEEP = "hf_gg.keep_codes"
 DECODE = ("run", "load")
+_SYMBOL = r"\bs\d+\b"
 
 
 @contextmanager
@@ -115,6 +117,31 @@ def lower(model: ir.Model, decode: str) -> None:
     model.opset_imports.pop(DOMAIN, None)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # where in whose folders the source of each node is
+
+
+def name_dimensions(graph: ir.Graph) -> None:
+    """Call the dynamic dimensions of a graph by what they are, in place of the tracer's `s44`."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and re.fullmatch(_SYMBOL, str(dim.value)):
+                names.setdefault(str(dim.value), _dimension(value.name or "", axis))
+    outputs = [output for node in graph.all_nodes() for output in node.outputs]
+    for value in (*graph.inputs, *outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+
+
+def _dimension(name: str, axis: int) -> str:
+    if name == "input_ids" and axis < 2:
+        return ("batch", "sequence")[axis]
+    return "past" if "past_key_values" in name and axis == 2 else f"{name}.{axis}"
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    return re.sub(_SYMBOL, lambda match: names.get(match[0], match[0]), str(dim.value))
 
 
 class _Lowering:

@@ -199,6 +199,16 @@ def test_file_holds_codes(exported):
     )
 
 
+def test_dimensions_have_names(exported):
+    _, folder = exported
+    one = session(str(folder / "model.onnx"))
+    shapes = {spec.name: spec.shape for spec in (*one.get_inputs(), *one.get_outputs())}
+    keys = "put.past_key_values.layers.0.keys"
+    assert shapes["input_ids"] == ["batch", "sequence"] and shapes["logits"] == ["batch", "sequence", 128]
+    assert shapes[f"in{keys}"] == ["batch", 2, "past", 16]
+    assert sorted(shapes[f"out{keys}"][2].split(" + ")) == ["past", "sequence"]
+
+
 def test_session_holds_codes(exported, tmp_path):
     _, folder = exported
     one = session(str(folder / "model.onnx"), tmp_path / "optimized.onnx")
