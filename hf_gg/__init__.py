@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .formats import get_format as get_format
     from .integrations.initialization import gg_init as gg_init
     from .integrations.initialization import gg_init_ as gg_init_
+    from .integrations.onnx import export_onnx as export_onnx
     from .integrations.peft.backslash import BackSlashConfig as BackSlashConfig
     from .integrations.peft.deepshape import DeepShapeConfig as DeepShapeConfig
     from .integrations.trainer import BackSlashCallback as BackSlashCallback
@@ -44,6 +45,7 @@ __all__ = [
     "RouterAdapter",
     "__version__",
     "deepshape_",
+    "export_onnx",
     "get_format",
     "gg_init",
     "gg_init_",
@@ -65,6 +67,7 @@ _HOME = {
     "RoMATrainer": "hf_gg.posttraining.roma",
     "RouterAdapter": "hf_gg.posttraining.adapter",
     "deepshape_": "hf_gg.training.deepshape",
+    "export_onnx": "hf_gg.integrations.onnx",
     "get_format": "hf_gg.formats",
     "ggd": "hf_gg",
     "gg_init": "hf_gg.integrations.initialization",

@@ -53,7 +53,7 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
     prefix = getattr(model, "base_model_prefix", "")
     if not from_checkpoint:
         names = [name for name, _ in model.named_modules()]
-        idle = [pattern for pattern in patterns if not any(_matches(name, [pattern], prefix) for name in names)]
+        idle = [pattern for pattern in patterns if not any(matches(name, [pattern], prefix) for name in names)]
         if idle:
             warnings.warn(
                 f"modules_to_not_convert: {', '.join(map(repr, idle))} matches no module of {type(model).__name__}. "
@@ -75,7 +75,7 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
             selection.skipped[name] = f"{type(module).__name__}: {what} that computes with its matrices in its own way"
         elif name in reasons:
             selection.skipped[name] = reasons[name]
-        elif _matches(name, patterns, prefix):
+        elif matches(name, patterns, prefix):
             selection.skipped[name] = "modules_to_not_convert"
         elif kind == "experts" and not config.experts:
             selection.skipped[name] = "experts=False"
@@ -175,7 +175,7 @@ def _regex(pattern: str) -> str:
     return re.escape(pattern).replace(r"\#", r"\d+")
 
 
-def _matches(name: str, patterns: list[str], prefix: str) -> bool:
+def matches(name: str, patterns: list[str], prefix: str) -> bool:
     """Whether a module is meant by one of the user's or the checkpoint's patterns.
 
     A pattern is a name, its end or its beginning up to a dot, a name with `#` for any number, or a regular expression
