@@ -149,7 +149,8 @@ class RoMATrainer(Trainer):
 
         Whether the model is in training mode, and which parameters want gradients, is afterwards as it was before.
         """
-        mode = self.model.training
+        model: Any = self.model
+        mode = model.training
         self._frozen.freeze()
         precise = [] if self.is_fsdp_enabled else keep_in_float32(self.routers)
         try:
@@ -157,7 +158,7 @@ class RoMATrainer(Trainer):
         finally:
             round_back(precise)
             self._frozen.undo()
-            self.model.train(mode)
+            model.train(mode)
 
     def prepare(self) -> None:
         """Find successes, neighbours and the snapshot of their routing, unless they are there already.
