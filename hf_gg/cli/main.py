@@ -19,7 +19,9 @@ from .. import __version__
 # Name: (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+    "eval": ("hf_gg.cli.evaluate", "measure a model, and how far it is from its base"),
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
+    "push": ("hf_gg.cli.push", "publish a quantized checkpoint with a card of measured facts"),
 }
 
 DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."
