@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import sys
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         )
     import transformers
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -152,9 +154,17 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
             )
         found["texts"] = {"source": args.text or ["sotu"], **result.to_dict()}
     if args.tasks:
-        options = (args.tasks, args.include_path, args.limit, args.num_fewshot, args.batch_size)
-        tasks = evaluate_tasks(model, tokenizer, *options)
-        tasks["base_results"] = None if base is None else evaluate_tasks(base, tokenizer, *options)["results"]
+        options = {
+            "include_path": args.include_path,
+            "limit": args.limit,
+            "num_fewshot": args.num_fewshot,
+            "batch_size": args.batch_size,
+            "progress": sys.stderr.isatty(),
+        }
+        tasks = evaluate_tasks(model, tokenizer, args.tasks, **options)
+        tasks["base_results"] = (
+            None if base is None else evaluate_tasks(base, tokenizer, args.tasks, **options)["results"]
+        )
         tasks["limit"] = args.limit
         tasks["evaluated_with"] = _lm_eval_command(args)
         found["tasks"] = tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -22,6 +23,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 1,
     seed: int = 1234,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Run tasks as `lm_eval --model hf` does.
 
@@ -34,6 +36,7 @@ def evaluate_tasks(
         num_fewshot: examples before each question; None for what the task says.
         batch_size: questions at a time.
         seed: of whatever lm_eval draws.
+        progress: show lm_eval's progress bars.
 
     Returns:
         `results`: task → metric → `value`, `stderr` (None where lm_eval gives none), `higher_is_better`; `samples`:
@@ -54,6 +57,9 @@ def evaluate_tasks(
     manager = _manager(list(tasks), include_path)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed here is no result
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            if not progress:  # there is no setting for it
+                setattr(harness, request, functools.partial(getattr(harness, request), disable_tqdm=True))
         try:
             found = simple_evaluate(
                 model=harness,

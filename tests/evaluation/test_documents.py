@@ -68,7 +68,7 @@ _VALUES = st.recursive(
 
 
 @given(st.lists(_VALUES.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=4))
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_any_bytes_give_documents_or_a_value_error(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
