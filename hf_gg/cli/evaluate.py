@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import check_writable, write_whole
-
-
-# What does not change a figure.
-_NOT_REPEATED = ("command", "run", "debug", "json", "output", "model", "parser")
+from .repeat import command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +117,8 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
     from ..evaluation.models import load_model, load_tokenizer, same_tokens
     from ..evaluation.tasks import evaluate_tasks
     from ..evaluation.texts import evaluate_texts
+    from ..integrations.cards import fingerprint
+    from ..integrations.folders import find
 
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if tokenizer is None and args.tokenizer is not None:
@@ -136,7 +135,11 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
         raise ValueError(f"{args.model} has no tokenizer: name one with --tokenizer.")
     model = load_model(args.model, args.dtype, args.device)
     base = load_model(args.against, args.dtype, args.device) if args.against is not None else None
-    found: dict[str, Any] = {"model": args.model, "against": args.against, "evaluated_with": _command(args)}
+    found: dict[str, Any] = {
+        "model": args.model,
+        "against": args.against,
+        "evaluated_with": command_line(args, ["model"]),
+    }
     if documents is not None:
         with tqdm(desc="Reading", unit=" tokens", disable=not sys.stderr.isatty(), leave=False) as bar:
             result = evaluate_texts(
@@ -168,7 +171,8 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
         tasks["limit"] = args.limit
         tasks["evaluated_with"] = _lm_eval_command(args)
         found["tasks"] = tasks
-    return found | {"bits_per_weight": _bits(model), **_environment(args)}
+    found |= {"bits_per_weight": _bits(model), "weights": fingerprint(find(args.model))}
+    return found | _environment(args)
 
 
 def _bits(model) -> float | None:
@@ -201,16 +205,6 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line that gives these figures again."""
-    words = ["hf-gg", "eval", args.model]
-    for name, value in vars(args).items():
-        if name in _NOT_REPEATED or value == args.parser.get_default(name):
-            continue
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def _lm_eval_command(args: argparse.Namespace) -> str:

@@ -121,8 +121,8 @@ def evaluate_texts(
             )
     names = ("loss", "reference_loss", "kl", "flipped") if base is not None else ("loss",)
     sums: dict[str, list[float]] = {name: [] for name in names}
-    for document, ids in tokens:
-        found = _measure(model, base, document, ids, window, stride, progress)
+    for name_of_document, ids in tokens:
+        found = _measure(model, base, name_of_document, ids, window, stride, progress)
         for name in names:
             sums[name].append(found[name])
     counts = [len(ids) - 1 for _, ids in tokens]

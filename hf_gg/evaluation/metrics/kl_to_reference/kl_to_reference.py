@@ -35,6 +35,7 @@ class KLToReference(evaluate.Metric):
             raise ValueError("All rows must have the same length: one logit for each class.")
         logits, reference = torch.tensor(predictions).double(), torch.tensor(references).double()
         kl = token_figures(logits, torch.zeros(len(logits), dtype=torch.long), reference).kl
+        assert kl is not None
         if not bool(kl.isfinite().all()):
             raise ValueError(
                 f"The divergence of row {int((~kl.isfinite()).nonzero()[0])} is not finite: are there NaN?"
