@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -108,7 +108,7 @@ def facts_of(
     if base is not None:
         if not Path(base).exists():
             check_name(base)
-        name, terms = base_of(base), read_license(base)
+        name, terms = base_of(base), {} if license is not None else read_license(base)
     if license is not None:
         terms = {"license": license}
     elif not terms and name is not None:
@@ -157,29 +157,21 @@ def publish(
     if not (api.token or get_token()):
         raise ValueError("There is no token for the hub: run `hf auth login`, or set HF_TOKEN to one that may write.")
     _check_card(_read(folder / _CARD), str(folder / _CARD), overwrite_card)
-    additions = _additions(folder)
     with _Errors(name):
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
         existing, remote = _look(api, repository, revision, private)
         _check_card(existing, f"the card of {repository}", overwrite_card)
         card = write_card(facts, repository, existing if existing is not None and may_replace(existing) else None)
-        additions.append(CommitOperationAdd(_CARD, card.encode()))
-        new = {addition.path_in_repo for addition in additions}
-        deleted = sorted(file for file in remote if _WEIGHTS.fullmatch(file) and file not in new)
+        additions = _additions(folder, card)
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        _again(
-            lambda: api.preupload_lfs_files(
-                repository, additions, revision=revision, create_pr=create_pr, free_memory=False
-            ),
-            tell,
-            wait,
-        )
 
-        def commit():
-            # an operation cannot be committed twice, and a try that was cut off may have been
-            operations: list = [*additions, *(CommitOperationDelete(file) for file in deleted)]
+        def upload() -> None:
+            api.preupload_lfs_files(repository, additions, revision=revision, create_pr=create_pr, free_memory=False)
+
+        def commit() -> CommitInfo:
+            operations: list = [*additions, *map(CommitOperationDelete, _old_weights(remote, additions))]
             return api.create_commit(
                 repository,
                 operations,
@@ -188,23 +180,30 @@ def publish(
                 create_pr=create_pr,
             )
 
+        def look_again() -> None:
+            # the commit may have arrived and only the answer not: then there is nothing left to do
+            nonlocal additions, remote
+            additions, remote = _additions(folder, card), _look(api, repository, revision, private)[1]
+
+        _again(upload, tell, wait)
+        deleted = _old_weights(remote, additions)
         # a second try of a pull request could open a second one
-        info = commit() if create_pr else _again(commit, tell, wait)
+        info = commit() if create_pr else _again(commit, tell, wait, look_again)
     return Published(
         repository,
         info.oid,
         info.commit_url,
         info.pr_url,
-        sorted(new),
+        sorted(addition.path_in_repo for addition in additions),
         deleted,
         sum(addition.upload_info.size for addition in additions),
     )
 
 
-def _additions(folder: Path) -> list[CommitOperationAdd]:
-    """All files of the checkpoint but its card."""
+def _additions(folder: Path, card: str) -> list[CommitOperationAdd]:
+    """All files of the checkpoint, with this card."""
     weights = {file.name for file in weight_files(folder)}
-    found = []
+    found = [CommitOperationAdd(_CARD, card.encode())]
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         if not file.is_file() or any(part.startswith(".") for part in name.parts) or str(name) == _CARD:
@@ -217,6 +216,12 @@ def _additions(folder: Path) -> list[CommitOperationAdd]:
             raise ValueError(f"{file} cannot be read: change its permissions.")
         found.append(CommitOperationAdd(name.as_posix(), file))
     return found
+
+
+def _old_weights(remote: list[str], additions: list[CommitOperationAdd]) -> list[str]:
+    """Weights in the repository that are not among the new ones, and would be loaded with them or in their place."""
+    new = {addition.path_in_repo for addition in additions}
+    return sorted(file for file in remote if _WEIGHTS.fullmatch(file) and file not in new)
 
 
 def _look(api: HfApi, repository: str, revision: str | None, private: bool) -> tuple[str | None, list[str]]:
@@ -261,10 +266,17 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _again(function: Callable[[], Any], tell: Callable[[str], object], wait: float) -> Any:
-    """Call, and call again where the connection broke or the hub failed."""
+def _again(
+    function: Callable[[], Any],
+    tell: Callable[[str], object],
+    wait: float,
+    before: Callable[[], object] = lambda: None,
+) -> Any:
+    """Call, and where the connection broke or the hub failed call `before` and it again."""
     for attempt in range(1, _TRIES + 1):
         try:
+            if attempt > 1:
+                before()
             return function()
         except (HfHubHTTPError, _HTTP.TransportError) as error:
             response = getattr(error, "response", None)

@@ -105,7 +105,7 @@ def _made(facts: Facts) -> str:
     else:
         base = facts.marker.base or "BASE"
         made = (
-            "The command was not recorded. This makes the same, by the settings that the checkpoint holds:\n\n"
+            "The command was not recorded. By the settings that the checkpoint holds, this makes such a one:\n\n"
             "```python\n"
             f"from transformers import {_architecture(facts)}\nfrom hf_gg import GGConfig\n\n"
             f"config = {_config_call(facts.quantization)}\n"
