@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub
@@ -47,7 +46,6 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_test")
-        huggingface_hub.utils.set_client_factory(huggingface_hub.utils._http.default_client_factory)
         yield found
 
 
@@ -234,7 +232,6 @@ def test_no_network(folder, hub, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be reached .*check the network"):
         publish(folder, "user/tiny", facts, api=gone, wait=0.01)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.utils.set_client_factory(huggingface_hub.utils._http.default_client_factory)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
         publish(folder, "user/tiny", facts, api=gone)
 

@@ -228,6 +228,8 @@ def _limits(facts: Facts) -> str:
         lines.append("No task was measured.")
     if found and str(found.get("device", "cpu")).startswith("cpu"):
         lines.append("The figures are from a CPU; other devices were not measured.")
+    if any(".gguf" in command for command in facts.marker.commands):
+        lines.append("It was made from a GGUF file, whose weights may have been quantized once before.")
     lines.append("Speed, long contexts, other languages and safety were not measured.")
     lines.append("What the base model cannot do, or was not made for, holds here as well: see its card.")
     if not facts.marker.license:
