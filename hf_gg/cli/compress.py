@@ -95,8 +95,13 @@ def _write_card(args: argparse.Namespace, source: Path, target: Path) -> None:
 
     known = marker_of(source) or Marker(base_of(args.model), read_license(str(source)))
     commands = [*known.commands, command_line(args, ["model", "out"])]
-    facts = collect(target, Marker(known.base, known.license, commands))
-    (target / "README.md").write_text(write_card(facts, args.out.absolute().name), encoding="utf-8")
+    try:
+        facts = collect(target, Marker(known.base, known.license, commands))
+        card = write_card(facts, args.out.absolute().name)
+    except ValueError as error:  # a checkpoint is worth more than its card
+        print(f"{args.out} has no card: {error}", file=sys.stderr)
+        return
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _on_grid(args: argparse.Namespace, source: Path, target: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers.utils import logging
 
@@ -45,8 +45,10 @@ def _remembered(model: nn.Module) -> Marker:
         return Marker()
     if not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
         return Marker(base_of(name), read_license(name))
-    # it was loaded from codes: the card beside them knows more
+    # it was loaded from codes, and is not its own base: the card beside them knows more
     if Path(name).is_dir():
         return marker_of(Path(name)) or Marker()
-    cached = try_to_load_from_cache(name, "README.md") if base_of(name) else None
-    return (read_marker(Path(cached).read_text(encoding="utf-8")) if isinstance(cached, str) else None) or Marker()
+    try:
+        return read_marker(ModelCard.load(name, ignore_metadata_errors=True).content) or Marker()
+    except Exception:  # no card, no network, no permission, no YAML: each has errors of its own
+        return Marker()
