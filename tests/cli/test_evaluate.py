@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +95,24 @@ def test_tasks_are_those_of_the_lm_eval_command(place, tmp_path, capsys):
     assert found["evaluated_with"].startswith("lm_eval --model hf --model_args pretrained=")
     main(["eval", *map(str, words), "--limit", "4"])
     assert "mmlu_dev_local" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_lm_eval_command_itself(place, tmp_path, capsys):
+    """In a process of its own, as `evaluated_with` says."""
+    pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install hf-gg[eval]")
+    from hf_gg.evaluation import write_mmlu_dev
+
+    task = write_mmlu_dev(tmp_path / "tasks")
+    words = [place / "rf8", "--tasks", task, "--include-path", tmp_path / "tasks", "--limit", 20]
+    assert main(["eval", *map(str, words), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    command = [sys.executable, "-m", *shlex.split(found["evaluated_with"]), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [file] = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"][task]
+    assert theirs["acc,none"] == found["results"][task]["acc"]["value"]
 
 
 def refused(capsys, *words) -> str:
