@@ -240,6 +240,7 @@ def test_evaluations_of_other_weights_are_refused(folder, tmp_path):
     estimate = {"value": 1.5, "low": 1.25, "high": 2.0}
     found = {
         "evaluated_with": "hf-gg eval rf8 --against base",
+        "against": "/home/me/base",
         "weights": fingerprint(folder),
         "texts": {"source": ["/home/me/x.jsonl"], "metrics": {"kl": estimate}, "documents": 3, "tokens": 9,
                   "window": 8, "stride": 4, "confidence": 0.95},
@@ -255,6 +256,7 @@ def test_evaluations_of_other_weights_are_refused(folder, tmp_path):
 
     card = write_card(read(), "tiny")
     assert "| KL from the base, nats a token | 1.5 | 1.25 to 2 |" in card and "/home" not in card
+    assert "The base in what follows is `base`." in card
     assert "Perplexity was not measured" in card and "No task was measured" in card
     for changes, words in (
         ({"weights": "0" * 64}, "of other weights than those of"),

@@ -153,6 +153,10 @@ def _quality(facts: Facts) -> str:
     if found is None:
         return "Not measured: `hf-gg eval` was not run on these weights."
     parts = []
+    if found.get("against"):
+        name = _line(str(found["against"]))
+        name = name if name.count("/") < 2 and not Path(name).is_absolute() else Path(name).name
+        parts.append(f"The base in what follows is `{name}`.")
     try:
         if "texts" in found:
             parts.append(_texts(found))
