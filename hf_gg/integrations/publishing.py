@@ -157,7 +157,7 @@ def publish(
     if not (api.token or get_token()):
         raise ValueError("There is no token for the hub: run `hf auth login`, or set HF_TOKEN to one that may write.")
     _check_card(_read(folder / _CARD), str(folder / _CARD), overwrite_card)
-    with _Errors(name):
+    with _Errors(name, create_pr):
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
         existing, remote = _look(api, repository, revision, private)
         _check_card(existing, f"the card of {repository}", overwrite_card)
@@ -244,10 +244,7 @@ def _look(api: HfApi, repository: str, revision: str | None, private: bool) -> t
     files = [sibling.rfilename for sibling in info.siblings or []]
     if _CARD not in files:
         return None, files
-    try:
-        path = api.hf_hub_download(repository, _CARD, revision=info.sha)
-    except EntryNotFoundError:
-        return None, files
+    path = api.hf_hub_download(repository, _CARD, revision=info.sha)
     return Path(path).read_text(encoding="utf-8"), files
 
 
@@ -291,28 +288,30 @@ def _again(
 class _Errors:
     """What the client raises, as errors that say what to do."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, create_pr: bool):
+        self.name, self.create_pr = name, create_pr
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        nothing = "Nothing was published; large files that arrived are not uploaded again."
+        # an answer that was lost may have been "done"
+        state = "The old files are there, or all of the new ones"
+        state += ", and perhaps a pull request: look before you push again." if self.create_pr else "."
         if isinstance(error, OfflineModeIsEnabled):
             raise OSError("The hub is switched off by HF_HUB_OFFLINE: unset it.") from error
+        if isinstance(error, (_HTTP.TransportError, ConnectionError, EntryNotFoundError)):
+            raise OSError(
+                f"The hub ({constants.ENDPOINT}) cannot be reached ({_first_line(error)}): check the network and push "
+                f"again. {state}"
+            ) from error
         if isinstance(error, HfHubHTTPError):
             status = getattr(error.response, "status_code", None)
             if status in (401, 403):
                 remedy = "the token may not write there: `hf auth login` with one that may, or another name"
             else:
                 remedy = f"it answered {status}: try again later"
-            raise OSError(f"{self.name} was refused by the hub ({_first_line(error)}): {remedy}. {nothing}") from error
-        if isinstance(error, (_HTTP.TransportError, ConnectionError)):
-            raise OSError(
-                f"The hub ({constants.ENDPOINT}) cannot be reached ({_first_line(error)}): check the network and push "
-                f"again. {nothing}"
-            ) from error
+            raise OSError(f"{self.name} was refused by the hub ({_first_line(error)}): {remedy}. {state}") from error
 
 
 def _first_line(error: BaseException) -> str:

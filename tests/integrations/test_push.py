@@ -126,7 +126,7 @@ def test_a_hub_that_goes_away_leaves_the_old_files_and_the_next_push_goes_on(hub
     before = dict(hub.files["user/tiny"])
     other = make(tmp_path / "other", seed=1)
     hub.troubles = [("POST", "/api/models/user/tiny/commit/", "cut")] * 4
-    with pytest.raises(OSError, match="cannot be reached.*Nothing was published"):
+    with pytest.raises(OSError, match="cannot be reached.*The old files are there, or all of the new ones"):
         publish(other, "tiny", facts_of(other), api=api, wait=0.01)
     assert hub.files["user/tiny"] == before and len(hub.commits) == 1
     hub.requests.clear()
@@ -139,7 +139,7 @@ def test_a_pull_request_is_not_opened_twice(hub, api, folder):
     publish(folder, "tiny", facts_of(folder), api=api)
     other = make(folder.parent / "other", seed=1)
     hub.troubles = [("POST", "/api/models/user/tiny/commit/", "lose")]
-    with pytest.raises(OSError, match="cannot be reached"):
+    with pytest.raises(OSError, match="perhaps a pull request"):
         publish(other, "tiny", facts_of(other), create_pr=True, api=api, wait=0.01)
     assert [branch for _, branch in hub.branches] == ["refs/pr/1"]
 
@@ -154,6 +154,14 @@ def test_a_card_written_by_hand_is_not_lost(hub, api, folder, where):
     assert not hub.commits and not hub.blobs
     publish(folder, "tiny", facts_of(folder), overwrite_card=True, api=api)
     assert may_replace(hub.files["user/tiny"]["README.md"].decode())
+
+
+def test_a_card_that_cannot_be_read_is_not_taken_for_none(hub, api, folder, monkeypatch):
+    hub.files["user/tiny"] = {"README.md": HAND.encode()}
+    hub.troubles = [("HEAD", "/user/tiny/resolve/", 404), ("GET", "/user/tiny/resolve/", 404)]
+    with pytest.raises(OSError, match="cannot be reached|refused by the hub"):
+        publish(folder, "tiny", facts_of(folder), api=api)
+    assert hub.files["user/tiny"] == {"README.md": HAND.encode()} and not hub.blobs
 
 
 def test_a_card_of_ours_is_replaced_unless_it_was_edited(hub, api, folder):
