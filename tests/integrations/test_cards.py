@@ -91,6 +91,31 @@ def test_the_python_code_of_a_card_makes_the_same_checkpoint(tmp_path, config):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_commands_say_nothing_of_the_machine_they_ran_on(tmp_path):
+    quantize_(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                           num_attention_heads=4))).save_pretrained(tmp_path / "rf8")  # fmt: skip
+    commands = [
+        "hf-gg compress /home/me/base '/home/me/my out' --x https://hf.co/a/b user/model ./c ../d -y=/srv/e,f=1"
+    ]
+    card = write_card(collect(tmp_path / "rf8", Marker(commands=commands)), "x")
+    shown = "hf-gg compress base 'my out' --x https://hf.co/a/b user/model ./c ../d -y=e,f=1"
+    assert f"\n{shown}\n" in card and read_marker(card).commands == [shown] and may_replace(card)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("a --round", "were rounded to it"), ("a", "decode to the same floats"), (None, "what the files hold was coded")],
+)
+def test_a_lossless_checkpoint_that_was_rounded_is_not_called_exact(tmp_path, command, words):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                         num_attention_heads=4))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = GGConfig(weight_format="none", coding="rans").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert words in write_card(collect(tmp_path, Marker(commands=[command] if command else [])), "x")
+
+
 def test_metadata_and_table(tmp_path):
     folder = tmp_path / "rf8"
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

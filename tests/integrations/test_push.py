@@ -247,7 +247,7 @@ def test_no_network(folder, hub, monkeypatch):
 def test_evaluations_of_other_weights_are_refused(folder, tmp_path):
     estimate = {"value": 1.5, "low": 1.25, "high": 2.0}
     found = {
-        "evaluated_with": "hf-gg eval rf8 --against base",
+        "evaluated_with": "hf-gg eval /home/me/rf8 --against base --text ../a.txt",
         "against": "/home/me/base",
         "weights": fingerprint(folder),
         "texts": {"source": ["/home/me/x.jsonl"], "metrics": {"kl": estimate}, "documents": 3, "tokens": 9,
@@ -264,6 +264,7 @@ def test_evaluations_of_other_weights_are_refused(folder, tmp_path):
 
     card = write_card(read(), "tiny")
     assert "| KL from the base, nats a token | 1.5 | 1.25 to 2 |" in card and "/home" not in card
+    assert "hf-gg eval rf8 --against base --text ../a.txt" in card
     assert "The base in what follows is `base`." in card
     assert "Perplexity was not measured" in card and "No task was measured" in card
     for changes, words in (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -26,6 +28,7 @@ def write_card(facts: Facts, title: str, existing: str | None = None) -> str:
         title: the model's name.
         existing: the card that this one replaces; of its metadata stays what ours does not say.
     """
+    marker = replace(facts.marker, commands=list(map(_command, facts.marker.commands)))
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_line(title),
         summary=_summary(facts),
@@ -42,7 +45,7 @@ def write_card(facts: Facts, title: str, existing: str | None = None) -> str:
     tags = list(dict.fromkeys([*(values.get("tags") or []), *_tags(facts)]))
     values = {**values, **_metadata(facts), "tags": tags}
     data = ModelCardData(ignore_metadata_errors=True, **values)
-    return f"---\n{data.to_yaml()}\n---\n{sign(text, facts.marker)}"
+    return f"---\n{data.to_yaml()}\n---\n{sign(text, marker)}"
 
 
 def _metadata(facts: Facts) -> dict[str, Any]:
@@ -68,6 +71,11 @@ def _format(facts: Facts) -> str:
     return _line(str(facts.quantization.get("weight_format")))
 
 
+def _command(text: str) -> str:
+    """A command as a card shows it: one line, absolute paths without the folders of the machine it ran on."""
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\",=]+/)+", "", " ".join(text.split()))
+
+
 def _line(text: str) -> str:
     """One line, that ends no code and no cell of a table."""
     return " ".join(text.split()).replace("`", "'").replace("|", "/")
@@ -79,7 +87,11 @@ def _summary(facts: Facts) -> str:
     coded = facts.quantization.get("coding", "none")
     how = f", entropy-coded (`{_line(str(coded))}`)" if coded != "none" else ""
     if _format(facts) == "none":
-        return f"The weights of {of}, entropy-coded without loss by `hf_gg`: they decode to the same floats."
+        told = "what the files hold was coded without loss."
+        if facts.marker.commands:
+            rounded = any("--round" in command.split() for command in facts.marker.commands)
+            told = "weights off the grid were rounded to it." if rounded else "they decode to the same floats."
+        return f"The weights of {of}, on a grid and entropy-coded by `hf_gg`: {told}"
     bits = 8 * facts.size.quantized_bytes / max(facts.size.quantized_weights, 1)
     return (
         f"This is {of} with weights in the format `{_format(facts)}` of `hf_gg`{how}: {bits:.3f} bits a quantized "
@@ -98,7 +110,7 @@ def _use(facts: Facts, title: str) -> str:
 def _made(facts: Facts) -> str:
     commands = facts.marker.commands
     if commands:
-        lines = "\n".join(" ".join(command.split()) for command in commands)
+        lines = "\n".join(map(_command, commands))
         made = f"```bash\n{lines}\n```"
     elif _format(facts) == "none":
         made = "By `hf-gg compress … --lossless-grid …`; the whole command was not recorded."
@@ -190,7 +202,7 @@ def _texts(found: dict[str, Any]) -> str:
         f"{texts['tokens']:,} tokens of {texts['documents']:,} documents ({source}), windows of {texts['window']:,} "
         f"tokens with stride {texts['stride']:,}; each document on its own, bootstrap over documents"
     )
-    return "\n".join(lines) + f"\n\n{about}:\n\n```bash\n{' '.join(found['evaluated_with'].split())}\n```"
+    return "\n".join(lines) + f"\n\n{about}:\n\n```bash\n{_command(found['evaluated_with'])}\n```"
 
 
 def _tasks(found: dict[str, Any]) -> str:
@@ -216,7 +228,7 @@ def _tasks(found: dict[str, Any]) -> str:
     about = "± is lm_eval's standard error."
     if limit is not None:
         about += f" Only the first {limit} questions of each task were asked."
-    command = " ".join(tasks["evaluated_with"].split())
+    command = _command(tasks["evaluated_with"])
     return "\n".join(lines) + f"\n\n{about} lm_eval {tasks['lm_eval']}:\n\n```bash\n{command}\n```"
 
 
