@@ -22,11 +22,13 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from _common import RESULTS, machine
 from _peers import PEERS
 from torch import nn
+
+from hf_gg.evaluation import interval, token_figures
 
 
 TEXTS = ("packages", "speeches")
@@ -99,24 +101,17 @@ class Judge:
         for window, reference in zip(self.windows, self.references):
             hidden, labels = self._hidden(window), window[1::2]
             for ours, theirs, label in zip(hidden.split(128), reference.split(128), labels.split(128)):
-                q, p = F.log_softmax(head(ours), -1), F.log_softmax(head(theirs), -1)
-                kls.append((p.exp() * (p - q)).sum(-1))
-                flips.append((q.argmax(-1) != p.argmax(-1)).float())
-                gains.append((p - q).gather(1, label[:, None])[:, 0])
-        kl, flip, gain = torch.cat(kls).double(), torch.cat(flips).double(), torch.cat(gains).double()
+                found = token_figures(head(ours), label, head(theirs))
+                kls.append(found.kl)
+                flips.append(found.flipped)
+                gains.append(found.loss - found.reference_loss)
+        kl, flip, gain = torch.cat(kls), torch.cat(flips), torch.cat(gains)
         result = {"kl": kl.mean().item(), "flips": flip.mean().item(), "perplexity_ratio": gain.mean().exp().item()}
         for name, values in (("kl", kl), ("flips", flip)):
-            result[f"{name}_low"], result[f"{name}_high"] = interval(values)
+            blocks = torch.stack([block.sum() for block in values.split(BLOCK) if len(block) == BLOCK]).numpy()
+            found = interval(blocks, np.full(len(blocks), BLOCK), confidence=0.9, draws=2000)
+            result[f"{name}_low"], result[f"{name}_high"] = found.low, found.high
         return result | {"positions": kl.numel()}
-
-
-def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
-    """Bootstrap interval of a mean, 90%, over blocks of neighbouring positions."""
-    blocks = torch.stack([block.mean() for block in values.split(BLOCK) if len(block) == BLOCK])
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(len(blocks), (draws, len(blocks)), generator=generator)
-    means = blocks[index].mean(1)
-    return means.quantile(0.05).item(), means.quantile(0.95).item()
 
 
 def per_tensor(function: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Method:

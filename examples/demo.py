@@ -38,6 +38,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_gg import GGConfig, data
+from hf_gg.evaluation import token_figures
 
 
 RELOAD_SCRIPT = """
@@ -138,9 +139,7 @@ def window_log_probs(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits.float(), dim=-1)
 
 
-def measure_quality(
-    model: nn.Module, windows: torch.Tensor, reference: list[torch.Tensor], row: Row, chunk: int = 128
-) -> None:
+def measure_quality(model: nn.Module, windows: torch.Tensor, reference: list[torch.Tensor], row: Row) -> None:
     """Fills `row` with perplexity, KL divergence and top-1 flips.
 
     Args:
@@ -149,7 +148,6 @@ def measure_quality(
         reference: Full precision's log-probabilities, one [length - 1, vocabulary] a window; filled if empty, so that
             the first model measured is the one that the others are compared with.
         row: Where the figures go.
-        chunk: Positions compared at a time, which bounds the temporary memory.
     """
     fill = not reference
     nll = kl = flips = 0.0
@@ -157,10 +155,10 @@ def measure_quality(
         log_probs = window_log_probs(model, window)
         if fill:
             reference.append(log_probs)
-        nll -= log_probs.gather(1, window[1:, None]).double().sum().item()
-        for ours, theirs in zip(log_probs.split(chunk), reference[i].split(chunk), strict=True):
-            kl += (theirs.exp() * (theirs - ours)).sum(-1).double().sum().item()
-            flips += (ours.argmax(-1) != theirs.argmax(-1)).sum().item()
+        found = token_figures(log_probs, window[1:], reference[i])
+        nll += found.loss.sum().item()
+        kl += found.kl.sum().item()
+        flips += found.flipped.sum().item()
     positions = windows.shape[0] * (windows.shape[1] - 1)
     row.perplexity = math.exp(nll / positions)
     row.kl = kl / positions

@@ -22,6 +22,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(parser=parser)
     parser.add_argument("model", metavar="MODEL", help="name on the hub, folder, GGUF file; bare weights for a grid")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     how = parser.add_mutually_exclusive_group()
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int | None:
                 rows, rounded = _on_grid(args, source, target)
             else:
                 rows = _quantized(args, source, target)
+            if (target / "config.json").exists():
+                _write_card(args, source, target)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{args.out} was not written, and what was there is as it was: {error}.") from error
     for name in sorted(rounded, key=lambda key: -rounded[key])[:5]:
@@ -83,6 +86,22 @@ def run(args: argparse.Namespace) -> int | None:
     else:
         print(as_text(table))
     return None
+
+
+def _write_card(args: argparse.Namespace, source: Path, target: Path) -> None:
+    """A card of what was made, in the place of the source's, which describes another model."""
+    from ..integrations.cards import Marker, base_of, collect, marker_of, read_license, write_card
+    from .repeat import command_line
+
+    known = marker_of(source) or Marker(base_of(args.model), read_license(str(source)))
+    commands = [*known.commands, command_line(args, ["model", "out"])]
+    try:
+        facts = collect(target, Marker(known.base, known.license, commands))
+        card = write_card(facts, args.out.absolute().name)
+    except ValueError as error:  # a checkpoint is worth more than its card
+        print(f"{args.out} has no card: {error}", file=sys.stderr)
+        return
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _on_grid(args: argparse.Namespace, source: Path, target: Path):

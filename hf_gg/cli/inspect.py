@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tqdm.auto import tqdm
 from ..inspection import Row, classify, describe, summarize
 from ..inspection.describe import NoFit
 from ..integrations.reading import Problem, TensorSource, open_checkpoint
+from .files import check_writable, write_whole
 from .report import Report, document, table
 from .report.numbers import printable
 
@@ -50,18 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect, print, write. Returns 1 if a part of the checkpoint is damaged."""
     for path in (args.plot, args.html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"There is no folder {path.absolute().parent} to write {path.name} to: make it first.")
+        if path is not None:
+            check_writable(path)
     if args.plot is not None:
         from .report import png  # says what is missing before anything is read
     with open_checkpoint(args.model, args.revision, args.file) as source:
         report = inspect(source, args.model, args.snr, args.outliers, args.all)
     if args.plot is not None:
-        _write(args.plot, png.render(report))
+        write_whole(args.plot, png.render(report))
     if args.html is not None:
         from .report import page
 
-        _write(args.html, page.render(report).encode())
+        write_whole(args.html, page.render(report).encode())
     if args.json:
         print(document.render(report))
     else:
@@ -158,18 +157,3 @@ def _decibel(text: str) -> float:
     if value > 150:  # levels to count without end
         raise argparse.ArgumentTypeError(f"{text} is more than 150 dB, which float32 does not hold")
     return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once, so that a reader finds the old one or the whole new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -20,6 +20,8 @@ from .. import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+    "eval": ("hf_gg.cli.evaluate", "measure a model, and how far it is from its base"),
+    "push": ("hf_gg.cli.push", "publish a quantized checkpoint with a card of measured facts"),
     "export": ("hf_gg.cli.export", "write a quantized model as ONNX"),
     "completion": ("hf_gg.cli.completion", "print the completion script of a shell"),
 }

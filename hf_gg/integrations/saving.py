@@ -32,13 +32,15 @@ _WEIGHT_FILES = re.compile(r"(new-)?model(-\d{5}-of-\d{5})?\.safetensors(\.index
 
 
 def install(model: nn.Module) -> None:
-    """Give a model the safe `save_pretrained`."""
+    """Give a model the safe `save_pretrained`, and pushes with a card of ours."""
     model.save_pretrained = types.MethodType(save_pretrained, model)
+    model._upload_modified_files = types.MethodType(_upload, model)
 
 
 def remove(model: nn.Module) -> None:
-    """Give a model back its class's `save_pretrained`."""
+    """Give a model back its class's `save_pretrained` and pushes."""
     model.__dict__.pop("save_pretrained", None)
+    model.__dict__.pop("_upload_modified_files", None)
 
 
 def save_pretrained(self, save_directory, *args, **kwargs):
@@ -74,14 +76,11 @@ def save_pretrained(self, save_directory, *args, **kwargs):
         kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
     staging, lock = _make_staging(directory)
     try:
-        if coder != "none":
-            self._upload_modified_files = functools.partial(_upload, self)  # which is within the save
         result = save(staging, *args, **kwargs)
         if coder != "none":
             coded.correct_index(staging)
         _publish(staging, directory)
     finally:
-        self.__dict__.pop("_upload_modified_files", None)
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -89,9 +88,14 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     return result
 
 
-def _upload(self, working_dir, *args, **kwargs):
-    coded.correct_index(working_dir)
-    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
+def _upload(self, working_dir, repo_id, *args, **kwargs):
+    """`PushToHubMixin._upload_modified_files`, of corrected files and with a card of measured facts."""
+    from .cards import card_of_model  # which reads checkpoints, and is wanted here alone
+
+    if coded.coding_of(self) != "none":
+        coded.correct_index(working_dir)  # within a save that pushes, its own correction is yet to come
+    card_of_model(self, working_dir, repo_id)
+    return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
 
 
 def _make_staging(directory: str) -> tuple[str, int | None]:

@@ -230,7 +230,7 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
 
 
 def _digest(vectors: torch.Tensor) -> str:
-    return hashlib.sha256(memoryview(vectors.numpy())).hexdigest()
+    return hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
 
 
 def _write(folder: Path, vectors: dict[str, torch.Tensor]) -> None:
