@@ -25,7 +25,6 @@ def folder(tmp_path, monkeypatch):
     model = tf.AutoModelForCausalLM.from_pretrained(
         **data.smollm2(), quantization_config=tf.GgufConfig(dequantize=True), dtype="bfloat16"
     )
-    del model.config.quantization_config
     place = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     model.save_pretrained(place)
     tf.AutoTokenizer.from_pretrained(**data.smollm2()).save_pretrained(place)
