@@ -19,6 +19,7 @@ from .. import __version__
 # Name: (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
+    "quantize": ("hf_gg.cli.quantize", "write a quantized checkpoint, calibrated on a text if wanted"),
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
 }
 

@@ -91,6 +91,13 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
     return selection
 
 
+def leave_out(selection: Selection, reasons: dict[str, str]) -> None:
+    """Take modules out of a selection; the reasons are noted."""
+    for names in (selection.linears, selection.experts, selection.embeddings):
+        names[:] = [name for name in names if name not in reasons]
+    selection.skipped.update(reasons)
+
+
 def convert_on_meta(model: nn.Module, selection: Selection, config) -> None:
     """Exchange the selected modules of a model on the meta device for empty quantized ones."""
     options = config.module_options()
