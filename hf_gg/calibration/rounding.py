@@ -29,7 +29,7 @@ _CHUNK = 1 << 25
 # By how much a fitted scale must lower the error: what is exact already keeps its scale.
 _WORTH = 1e-6
 # How near to the wanted bits a weight's steps are brought, and in how many attempts.
-_BITS_TOLERANCE, _ATTEMPTS = 0.004, 4
+_BITS_TOLERANCE, _ATTEMPTS = 0.004, 8
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max / 256
 
@@ -95,17 +95,15 @@ def round_weight(
         peak = peak.amax().expand(peak.shape) if scale == "tensor" else peak
         candidates = (peak / fmt.max).clamp(_TINY, _HUGE) * search_factors(fmt).to(peak.device)[:, None]
         candidates = torch.where(peak > 0, candidates, 1.0)
-    wanted = bits_a_weight(plain_codes, len(weight), _count(outliers)) if keep_bits else None
-    for _ in range(_ATTEMPTS):
+    if keep_bits:
+        wanted = bits_a_weight(plain_codes, len(weight), _count(outliers))
+        values, scales = _solve_for_bits(problem, candidates, per, passes, wanted, _count(outliers))
+    else:
         values, scales = problem.solve(candidates, per, passes)
-        if wanted is None:
-            break
-        excess = bits_a_weight(problem.codes_of(values), len(weight), _count(outliers)) - wanted
-        if -_BITS_TOLERANCE <= excess <= 0:
-            break
-        candidates = candidates * 2.0 ** (excess + _BITS_TOLERANCE / 2)  # a step twice as wide costs one bit
     errors = problem.errors(values, scales)
     worse = errors > plain_error
+    if keep_bits and bits_a_weight(problem.codes_of(values), len(weight), _count(outliers)) > wanted:
+        worse = torch.ones_like(worse)
     if per == "tensor":
         worse = (errors.sum() > plain_error.sum()).expand(worse.shape)
     values, scales = torch.where(worse, plain[0], values), torch.where(worse, plain[1], scales)
@@ -237,6 +235,28 @@ class _Problem:
         fitted = scale + torch.where(energy > 0, gain / energy, 0.0)
         better = (gain.square() > _WORTH * energy * lost) & (fitted > 0) & torch.isfinite(fitted)
         return torch.where(better, fitted, scale)
+
+
+def _solve_for_bits(
+    problem: _Problem, candidates: torch.Tensor, per: str | None, passes: int, wanted: float, outliers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solve with steps so wide that the codes take no more bits than wanted.
+
+    A step twice as wide costs a bit at first sight; where steps are coarse the error that is fed back grows with them,
+    and it costs less. So the second attempt is by that rule, later ones by the line through the last two.
+    """
+    octave, slope = 0.0, 1.0
+    before: tuple[float, float] | None = None
+    for _ in range(_ATTEMPTS):
+        values, scales = problem.solve(candidates * 2.0**octave, per, passes)
+        excess = bits_a_weight(problem.codes_of(values), len(scales), outliers) - wanted
+        if -_BITS_TOLERANCE <= excess <= 0:
+            break
+        if before is not None and octave != before[0]:
+            slope = min(max((before[1] - excess) / (octave - before[0]), 0.3), 1.5)
+        before = octave, excess
+        octave += (excess + _BITS_TOLERANCE / 2) / slope
+    return values, scales
 
 
 def _fitted_per(scale: Any) -> str | None:

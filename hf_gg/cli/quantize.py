@@ -26,12 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--target-bits", type=float, metavar="B", help="of a grid: bits a quantized weight on average")
     how.add_argument("--target-snr", type=float, metavar="DB", help="of a grid: signal to quantization noise")
-    parser.add_argument("--calibrate", metavar="TEXT", type=Path, help="round for the least error of outputs on a text")
+    parser.add_argument(
+        "--calibrate", metavar="TEXT", type=Path, help="round for the least error of outputs on a text"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="of a window of the text (default: 1024)")
     parser.add_argument("--sequences", type=int, default=16, help="windows of the text (default: 16)")
     parser.add_argument("--damping", type=float, default=0.01, help="what the text did not say (default: 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: 0)")
-    parser.add_argument("--work", metavar="DIR", type=Path, help="where finished modules are kept (default: beside OUT)")
+    parser.add_argument(
+        "--work", metavar="DIR", type=Path, help="where finished modules are kept (default: beside OUT)"
+    )
     parser.add_argument(
         "--coding", choices=("none", "rans", "eg0"), default="none", help="entropy coder of the files (default: none)"
     )
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from ..integrations.calibration import Calibration, check_texts
+    from ..integrations.calibration import Calibration, read_texts
     from ..integrations.compression import compress, quantization_of
     from ..integrations.transformers import GGConfig
 
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int | None:
         options["calibration"] = Calibration(
             args.calibrate, args.tokens, args.sequences, args.damping, args.seed, folder=work
         )
-        check_texts(args.calibrate)  # before a large model is loaded
+        read_texts(args.calibrate)  # before a large model is loaded
     config = GGConfig(
         weight_format=args.weight_format or ("grid" if targets.keys() & options.keys() else None),
         coding=args.coding,

@@ -70,7 +70,11 @@ def calibrate_by_config(
         ValueError: no tokenizer, a text that cannot be used, a model that does not run on tokens, NaN or infinity in a
             module's inputs, work of another run in the folder. OSError: the text cannot be read, or the work not kept.
     """
-    given: Calibration = config.calibration
+    given = config.calibration
+    if not isinstance(given, Calibration):
+        raise ValueError(
+            "The config is that of a checkpoint that was calibrated, and has no text: give a new one with a Calibration."
+        )
     tokenizer = calibration.tokenizer_of(model, tokenizer, gguf_file)
     tokens = calibration.windows(given, tokenizer, calibration.window_limit(model))
     batches = calibration.batches(model, tokens)

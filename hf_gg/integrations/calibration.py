@@ -66,12 +66,16 @@ class Calibration:
         if isinstance(self.texts, (str, os.PathLike)):
             return
         if not isinstance(self.texts, Sequence) or not all(isinstance(text, str) for text in self.texts):
-            raise TypeError(f"calibration: texts must be a file or a list of strings, got {type(self.texts).__name__}.")
+            raise TypeError(
+                f"calibration: texts must be a file or a list of strings, got {type(self.texts).__name__}."
+            )
         if not any(text.strip() for text in self.texts):
             raise ValueError("calibration: the texts are empty.")
 
     def __repr__(self) -> str:
-        texts = repr(os.fspath(self.texts)) if isinstance(self.texts, (str, os.PathLike)) else f"{len(self.texts)} texts"
+        texts = (
+            repr(os.fspath(self.texts)) if isinstance(self.texts, (str, os.PathLike)) else f"{len(self.texts)} texts"
+        )
         return f"Calibration({texts}, tokens={self.tokens}, sequences={self.sequences})"
 
     @classmethod
@@ -133,7 +137,7 @@ def windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, limit:
     """
     length = calibration.tokens if limit is None else min(calibration.tokens, limit)
     generator = torch.Generator().manual_seed(calibration.seed)
-    texts = _texts(calibration.texts)
+    texts = read_texts(calibration.texts)
     before, after = _special_tokens(tokenizer)
     body = length - len(before) - len(after)
     if body < 1:
@@ -253,7 +257,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return [], []
 
 
-def _texts(source: str | os.PathLike | Sequence[str]) -> list[str]:
+def read_texts(source: str | os.PathLike | Sequence[str]) -> list[str]:
+    """The texts of a file, or the given ones.
+
+    Raises:
+        ValueError: no such file, one that is empty, no UTF-8, or malformed (with the line). OSError: it cannot be read.
+    """
     if not isinstance(source, (str, os.PathLike)):
         return list(source)
     path = Path(source)

@@ -68,7 +68,9 @@ class Finished:
             made = make()
             flat = {}
             for name, steps in made.items():
-                flat.update({f"{name}/{w}": s for w, s in steps.items()} if isinstance(steps, Mapping) else {name: steps})
+                flat.update(
+                    {f"{name}/{w}": s for w, s in steps.items()} if isinstance(steps, Mapping) else {name: steps}
+                )
             self._write(f"{_STEPS}.safetensors", save(flat))
             return made
         steps: dict = {}

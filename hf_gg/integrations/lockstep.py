@@ -154,4 +154,3 @@ class Lockstep:
 
         module.__dict__["forward"] = forward
         return own
-
