@@ -68,7 +68,7 @@ class Metric:
     costs: torch.Tensor
 
 
-def metric_of(moments: torch.Tensor, damping: float = 0.01) -> Metric | None:
+def metric_of(moments: torch.Tensor, damping: float = 0.2) -> Metric | None:
     """Second moments in the form that `round_weight` takes.
 
     Args:

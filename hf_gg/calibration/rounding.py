@@ -172,9 +172,9 @@ class _Problem:
         for start in range(0, rows, size):
             part = slice(start, start + size)
             some, costs = self._with_feedback(part, candidates[:, part])
-            best = costs.argmin(0, keepdim=True)
-            values[:, part] = some.gather(1, best.expand(columns, 1, -1))[:, 0]
-            scale[part] = candidates[:, part].gather(0, best)[0]
+            least = costs.argmin(0, keepdim=True)
+            values[:, part] = some.gather(1, least.expand(columns, 1, -1))[:, 0]
+            scale[part] = candidates[:, part].gather(0, least)[0]
         return values, scale
 
     def _with_feedback(self, part: slice, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

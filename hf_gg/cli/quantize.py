@@ -31,11 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=1024, help="of a window of the text (default: 1024)")
     parser.add_argument("--sequences", type=int, default=16, help="windows of the text (default: 16)")
-    parser.add_argument("--damping", type=float, default=0.01, help="what the text did not say (default: 0.01)")
+    parser.add_argument("--damping", type=float, default=0.2, help="more trusts the text less (default: 0.2)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: 0)")
-    parser.add_argument(
-        "--work", metavar="DIR", type=Path, help="where finished modules are kept (default: beside OUT)"
-    )
+    parser.add_argument("--work", metavar="DIR", type=Path, help="keeps finished modules (default: beside OUT)")
     parser.add_argument(
         "--coding", choices=("none", "rans", "eg0"), default="none", help="entropy coder of the files (default: none)"
     )
@@ -70,8 +68,8 @@ def run(args: argparse.Namespace) -> int | None:
         given = quantization_of(source)
         if given is not None:
             raise ValueError(
-                f"{source} is quantized already, by {given.get('quant_method')!r}: quantizing twice loses twice. Start "
-                "from the full-precision model."
+                f"{source} is quantized already, by {given.get('quant_method')!r}: quantizing twice loses twice. "
+                "Start from the full-precision model."
             )
         return compress(source, target, config, args.max_shard_size, plain)
 
@@ -80,8 +78,8 @@ def run(args: argparse.Namespace) -> int | None:
         shutil.rmtree(work, ignore_errors=True)
     for name, reason in plain.items():
         print(f"rounded without calibration: {name} ({reason})", file=sys.stderr)
-    more = {"weight_format": config.weight_format}
+    more: dict[str, Any] = {"weight_format": config.weight_format}
     if args.calibrate is not None:
-        more = {**more, "uncalibrated": plain}
+        more["uncalibrated"] = plain
     show(args, summary(rows), **more)
     return None

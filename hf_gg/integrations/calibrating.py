@@ -73,7 +73,7 @@ def calibrate_by_config(
     given = config.calibration
     if not isinstance(given, Calibration):
         raise ValueError(
-            "The config is that of a checkpoint that was calibrated, and has no text: give a new one with a Calibration."
+            "The config is that of a checkpoint that was calibrated, and has no text: give one with a Calibration."
         )
     tokenizer = calibration.tokenizer_of(model, tokenizer, gguf_file)
     tokens = calibration.windows(given, tokenizer, calibration.window_limit(model))
@@ -96,7 +96,7 @@ def calibrate(
     chosen: Selection,
     config: Any,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    damping: float = 0.01,
+    damping: float = 0.2,
     scales: Mapping[str, Any] | None = None,
     finished: Finished | None = None,
 ) -> Calibrated:
@@ -184,9 +184,10 @@ class _Walk:
     def _metric_of(self, inputs: list[torch.Tensor]) -> Metric | None:
         """The metric of inputs; that of the module before if it had the very same tensors, as queries and keys do."""
         version = sum(x._version for x in inputs)
-        if self._inputs is not None and version == self._inputs[1] and len(inputs) == len(self._inputs[0]):
-            if all(a is b for a, b in zip(self._inputs[0], inputs)):
-                return self._inputs[2]
+        if self._inputs is not None:
+            before, known, metric = self._inputs
+            if version == known and len(inputs) == len(before) and all(a is b for a, b in zip(before, inputs)):
+                return metric
         self._inputs = None  # before new ones take memory
         metric = _metric(inputs, self.damping)
         self._inputs = inputs, version, metric

@@ -52,7 +52,7 @@ class Calibration:
     texts: str | os.PathLike | Sequence[str]
     tokens: int = 1024
     sequences: int = 16
-    damping: float = 0.01
+    damping: float = 0.2
     seed: int = 0
     folder: str | os.PathLike | None = None
 
@@ -261,7 +261,8 @@ def read_texts(source: str | os.PathLike | Sequence[str]) -> list[str]:
     """The texts of a file, or the given ones.
 
     Raises:
-        ValueError: no such file, one that is empty, no UTF-8, or malformed (with the line). OSError: it cannot be read.
+        ValueError: no such file, one that is empty, no UTF-8, or malformed (with the line).
+        OSError: it cannot be read.
     """
     if not isinstance(source, (str, os.PathLike)):
         return list(source)

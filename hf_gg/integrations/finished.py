@@ -1,4 +1,4 @@
-"""Modules that a long quantization has done, in a folder, so that a process that was killed can be followed by another.
+"""Modules that a long quantization has done, in a folder, from which another process goes on if this one is killed.
 
 Each module is one safetensors file that appears when it is complete. `run.json` says what the files belong to; with
 another model, text or options they are refused.
@@ -67,10 +67,8 @@ class Finished:
         if found is None:
             made = make()
             flat = {}
-            for name, steps in made.items():
-                flat.update(
-                    {f"{name}/{w}": s for w, s in steps.items()} if isinstance(steps, Mapping) else {name: steps}
-                )
+            for name, own in made.items():
+                flat.update({f"{name}/{w}": s for w, s in own.items()} if isinstance(own, Mapping) else {name: own})
             self._write(f"{_STEPS}.safetensors", save(flat))
             return made
         steps: dict = {}

@@ -1,8 +1,8 @@
 """Several runs of one model that wait for one another at chosen modules, so that a module can be changed in between.
 
 Each run is the model's own forward pass in a thread; only one thread runs at any time. When a run calls a chosen
-module it waits there until the others have come, or are done; whoever asked for the runs then gets the inputs of all of
-them, says what weights the module shall have from now on, and the runs go on with these. So one forward pass gives
+module it waits there until the others have come, or are done; whoever asked for the runs then gets the inputs of all
+of them, says what weights the module shall have from now on, and the runs go on with these. So one forward pass gives
 every module inputs that went through the changed modules before it, in any architecture: nothing needs to be known of
 layers, and what a run holds at a time is what any forward pass holds.
 """

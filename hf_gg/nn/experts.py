@@ -239,7 +239,9 @@ def stack_experts(parts: Sequence[tuple], transposed: bool) -> tuple:
     return _stored(codes, torch.stack([part[1] for part in parts]), outliers, transposed)
 
 
-def _stored(codes: torch.Tensor, scales: torch.Tensor, outliers: tuple | None, transposed: bool) -> tuple:
+def _stored(
+    codes: torch.Tensor, scales: torch.Tensor, outliers: tuple[torch.Tensor, torch.Tensor] | None, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """A stack [experts, out, in] as its module keeps it."""
     if transposed:
         rows, columns = codes.shape[1:]

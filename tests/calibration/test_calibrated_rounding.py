@@ -66,7 +66,7 @@ def test_feedback_against_the_column_loop(format, columns):
     moments = moments_of(inputs)
     steps = torch.full((8, 1), 0.006) if format == "grid" else None
     scale = "row" if format == "grid" else "absmax"
-    found = round_weight(weight, metric_of(moments), get_format(format), scale, steps=steps, passes=0)
+    found = round_weight(weight, metric_of(moments, 0.01), get_format(format), scale, steps=steps, passes=0)
     if format == "grid":  # whose steps are fitted at last: the codes stay
         given = steps
     else:

@@ -15,7 +15,7 @@ from hf_gg import Calibration, GGConfig, quantization_report, quantize_
 from hf_gg.calibration import SecondMoments
 from hf_gg.integrations import calibrating
 from hf_gg.integrations.calibration import batches, windows
-from hf_gg.integrations.selection import code_parameters, select
+from hf_gg.integrations.selection import code_parameters, quantized_modules, select
 
 
 WORDS = [f"w{k}" for k in range(128)]
@@ -55,7 +55,7 @@ SHOWN = ["llama-tied", "phi3", "gpt2", "bert-mlm", "t5", "mixtral", "gpt-oss"]
 
 @pytest.mark.parametrize("family", SHOWN)
 def test_families(family, tmp_path):
-    """Everything that is quantized without calibration is with it, the outputs are nearer, and a reload is the same."""
+    """What is quantized without calibration is with it, the outputs are nearer, and a reload is the same."""
     shown = FAMILIES[family]
     original = shown.model()
     model = calibrated(family)
@@ -94,12 +94,8 @@ def test_each_module_sees_what_it_will_be_given(monkeypatch):
 
     monkeypatch.setattr(calibrating._Walk, "_metric_of", recorded)
     model = calibrated("llama")
-    order = [
-        name
-        for name, module in model.named_modules()
-        if hasattr(module, "quantized_names") or hasattr(module, "weight_scale")
-    ]
-    found = {name: 0 for name in order}
+    order = [name for name, _ in quantized_modules(model)]
+    found = dict.fromkeys(order, 0)
     for name in order:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: found.__setitem__(
@@ -195,7 +191,7 @@ def test_module_that_is_called_twice_and_one_that_is_not():
 
 @pytest.mark.parametrize("bits", [3.0, 5.0])
 def test_grid_meets_its_bits(bits):
-    options = dict(weight_format="grid", target_bits=bits, sensitivity="weights")
+    options = {"weight_format": "grid", "target_bits": bits, "sensitivity": "weights"}
     model = calibrated("llama", **options)
     report = quantization_report(model)
     steps = sum(32 * module._parameters[f"{weight}_scale"].numel() for _, module, weight in code_parameters(model))
@@ -294,7 +290,7 @@ def test_goes_on_after_a_kill(tmp_path, monkeypatch):
 
 def test_grid_goes_on_with_its_steps(tmp_path, monkeypatch):
     kept = Calibration(CALIBRATION.texts, tokens=48, sequences=6, folder=tmp_path)
-    options = dict(weight_format="grid", target_bits=4.0, sensitivity="weights")
+    options = {"weight_format": "grid", "target_bits": 4.0, "sensitivity": "weights"}
     first = codes_of(calibrated("mixtral", kept, **options))
     monkeypatch.setattr(calibrating.allocation, "steps_of_model", lambda *_: pytest.fail("steps were made again"))
     again = codes_of(calibrated("mixtral", kept, **options))
@@ -345,13 +341,13 @@ def test_disk_full(tmp_path, monkeypatch):
 
 def test_numbers(tmp_path):
     for bad in (
-        dict(tokens=1),
-        dict(tokens=2.5),
-        dict(sequences=0),
-        dict(damping=0),
-        dict(damping=2),
-        dict(seed=-1),
-        dict(tokens=True),
+        {"tokens": 1},
+        {"tokens": 2.5},
+        {"sequences": 0},
+        {"damping": 0},
+        {"damping": 2},
+        {"seed": -1},
+        {"tokens": True},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Calibration(["text"], **bad)
