@@ -1,12 +1,12 @@
 """What calibrated rounding gains: KL divergence, flipped tokens and perplexity of each format, plain and calibrated,
 beside 8-bit and 4-bit peers.
 
-Model, texts and figures as in rate_quality.py, whose functions measure here; more windows. No judged text is calibrated
-on. `--text kin` calibrates on the judged kinds (speeches before 1945, descriptions of other packages) and news, `--text
-news` on news alone: a kind that is not judged.
+Model, texts and figures as in rate_quality.py, whose functions measure here; more windows. No judged text is
+calibrated on: `kin` is of the judged kinds (speeches before 1945, descriptions of other packages) and news, `news` is
+news alone, a kind that is not judged.
 
-Each method and text is one row of results/calibration.csv, written when it is measured; a later run goes on from there.
-`--table` only prints the file.
+Each method and text is one row of results/calibration.csv, written when it is measured; a later run goes on from
+there. `--table` only prints the file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rate_quality import (
     entropy_bits,
     grid,
     measure,
+    per_tensor,
     read,
     residual_float,
     self_sensitivity,
@@ -81,11 +82,12 @@ def calibrated(weight_format: str, kind: str, tokens: int, sequences: int, bits:
     """A format with calibrated rounding. Codes of RF8 count 8 bits, those of a grid their entropy."""
 
     def run(model: nn.Module, weights: Weights) -> tuple[Weights, float]:
-        from hf_gg import GGConfig
+        from hf_gg import Calibration, GGConfig
+        from hf_gg.formats import get_format
         from hf_gg.formats.allocation import allocate
         from hf_gg.integrations.calibrating import calibrate
-        from hf_gg.integrations.calibration import Calibration
         from hf_gg.integrations.selection import select
+        from hf_gg.ops import put_outliers
 
         options = {} if bits is None else {"target_bits": bits}
         config = GGConfig(weight_format=weight_format, **options)
@@ -99,9 +101,6 @@ def calibrated(weight_format: str, kind: str, tokens: int, sequences: int, bits:
         ratio = [error / plain for error, plain in found.errors.values()]
         print(f"calibration: {time.perf_counter() - start:.0f} s, error of outputs × {sum(ratio) / len(ratio):.3f}")
         changed, total = {}, 0.0
-        from hf_gg.formats import get_format
-        from hf_gg.ops import put_outliers
-
         for name, coded in found.coded.items():
             codes, scale, outliers = coded["weight"]
             changed[name] = get_format(weight_format).decode(codes) * scale
@@ -119,8 +118,6 @@ def methods(tokens: int, sequences: int) -> Table:
     """The table's rows."""
     found: Table = {}
     for name in SHOWN_PEERS:
-        from rate_quality import per_tensor
-
         found[name] = (name, lambda name=name: per_tensor(PEERS[name]()))
     for name in ("rf8", "rf8x"):
         found[f"{name}, plain"] = (name, lambda name=name: residual_float(name, False))

@@ -27,7 +27,7 @@ from ..formats import get_format
 from ..nn import RF8Experts
 from ..nn.experts import quantize_experts, stack_experts
 from ..nn.linear import is_conv1d
-from . import allocation, calibration
+from . import allocation, calibration, outliers
 from .calibration import Calibration, CalibrationRecord
 from .finished import Coded, Finished, contents, fingerprint
 from .lockstep import Call, Lockstep
@@ -74,6 +74,11 @@ def calibrate_by_config(
     if not isinstance(given, Calibration):
         raise ValueError(
             "The config is that of a checkpoint that was calibrated, and has no text: give one with a Calibration."
+        )
+    if outliers.is_distributed(model):
+        raise ValueError(
+            "calibration does not run on a model that is split over processes, none of which sees a whole weight: "
+            "calibrate and save it in one process, and load that checkpoint."
         )
     tokenizer = calibration.tokenizer_of(model, tokenizer, gguf_file)
     tokens = calibration.windows(given, tokenizer, calibration.window_limit(model))
@@ -223,8 +228,8 @@ class _Walk:
             return self._calibrated(name, matrix, metric, steps)
         self.result.plain[name] = reason
         scale = self.config.scale_rule() if steps is None else steps
-        codes, scale, outliers = ops.quantize_with_outliers(matrix, self.format, scale, self.config.rounding)
-        return codes, scale.expand(len(codes), 1), outliers
+        codes, scale, apart = ops.quantize_with_outliers(matrix, self.format, scale, self.config.rounding)
+        return codes, scale.expand(len(codes), 1), apart
 
     def _round_plainly(self, name: str, reason: str) -> None:
         module = self.modules[name]
@@ -238,8 +243,8 @@ class _Walk:
                 coded[weight] = quantize_experts(stack, options[0], own, options[1], module.is_transposed)
         else:
             matrix = _matrix(module.weight, is_conv1d(module))
-            codes, scales, outliers = ops.quantize_with_outliers(matrix, options[0], scale, options[1])
-            coded["weight"] = codes, scales.expand(len(codes), 1).contiguous(), outliers
+            codes, scales, apart = ops.quantize_with_outliers(matrix, options[0], scale, options[1])
+            coded["weight"] = codes, scales.expand(len(codes), 1).contiguous(), apart
         self.result.coded[name], self.result.plain[name] = coded, reason
 
     # --- what the runs compute with, and what is kept of them ---
@@ -261,9 +266,9 @@ class _Walk:
         return decoded
 
     def _decode(self, coded: Coded, dtype: torch.dtype) -> torch.Tensor:
-        codes, scale, outliers = coded
+        codes, scale, apart = coded
         numbers = ops.dequantize(codes, scale, self.format.name, dtype, self.config.backend)
-        return numbers if outliers is None else ops.put_outliers(numbers, *outliers)
+        return numbers if apart is None else ops.put_outliers(numbers, *apart)
 
     def _keep(self, name: str) -> None:
         notes = {
@@ -312,6 +317,6 @@ def _is_of(key: str, name: str) -> bool:
 
 
 def _to(device: torch.device, coded: Coded) -> Coded:
-    codes, scale, outliers = coded
-    moved = None if outliers is None else (outliers[0].to(device), outliers[1].to(device))
+    codes, scale, apart = coded
+    moved = None if apart is None else (apart[0].to(device), apart[1].to(device))
     return codes.to(device), scale.to(device), moved

@@ -94,13 +94,11 @@ class Lockstep:
     Attributes:
         weights: by module name, a function that gives the tensors to compute with in the place of the module's
             parameters, by their names. Who iterates fills it.
-        calls: how many times each module was called, by all runs.
     """
 
     model: nn.Module
     names: Sequence[str]
     weights: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
 
     def stages(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, list[Call]]]:
         """Run the model on all batches, and yield each module with the calls that wait there.
@@ -140,7 +138,6 @@ class Lockstep:
             run = threading.current_thread()
             if not isinstance(run, _Run):
                 return original(*args, **kwargs)
-            self.calls[name] = self.calls.get(name, 0) + 1
             if name not in self.weights:
                 run.pause(name, Call(args, kwargs))
             tensors = self.weights[name]()

@@ -87,7 +87,7 @@ def test_plain(source, tmp_path, capsys, words, options):
     model = quantize_(AutoModelForCausalLM.from_pretrained(source), GGConfig(**options))
     model.save_pretrained(tmp_path / "expected")
     assert same(tmp_path / "out", tmp_path / "expected")
-    assert printed["weight_format"] == options.get("weight_format", "rf8") and printed["total"]["snr"] > 15
+    assert printed["weight_format"] == options.get("weight_format", "rf8") and printed["total"]["snr"] > 5
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "w2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
