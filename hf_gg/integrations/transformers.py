@@ -23,7 +23,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..nn import RF8Embedding, RF8Experts, RF8Linear
+from ..nn import RF8Experts
 from ..nn.base import OUTLIERS, QuantizedWeight
 from . import allocation, checkpoint, coded, gguf, model_dtype, outliers, saving, selection
 from .calibrating import Calibrated, calibrate_by_config
@@ -255,7 +255,6 @@ def _quantize_in_memory(model, config: GGConfig, tokenizer: Any, quantizer: GGHf
         module = model.get_submodule(name)
         for weight in RF8Experts.weight_names(module) or ("weight",):
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
-    options = config.module_options()
     with torch.no_grad():
         scales: dict[str, Any] = {}
         found = Calibrated()
@@ -265,25 +264,7 @@ def _quantize_in_memory(model, config: GGConfig, tokenizer: Any, quantizer: GGHf
             found, config.calibration = calibrate_by_config(model, chosen, config, tokenizer, gguf_file)
         elif config.weight_format == "grid":
             scales = allocation.steps_of_model(model, chosen, config)
-        for name in chosen.linears:
-            own, linear = {**options, "scale": scales.get(name, config.scale)}, model.get_submodule(name)
-            if name in found.coded:
-                new = RF8Linear.from_codes(linear, *found.coded.pop(name)["weight"], **options)
-            else:
-                new = RF8Linear.from_linear(linear, name=name, **own)
-            selection.replace_module(model, name, new)
-        for name in chosen.embeddings:
-            own, embedding = {**options, "scale": scales.get(name, config.scale)}, model.get_submodule(name)
-            if name in found.coded:
-                table = RF8Embedding.from_codes(embedding, *found.coded.pop(name)["weight"], **options)
-            else:
-                table = RF8Embedding.from_embedding(embedding, **own)
-            selection.replace_module(model, name, table)
-        for name in chosen.experts:
-            own = {**options, "scale": scales.get(name, config.scale), "coded": found.coded.pop(name, None)}
-            RF8Experts.convert_(model.get_submodule(name), **own)
-        for _, module in selection.quantized_modules(model):
-            module.scale_mode = options["scale"]
+        selection.convert(model, chosen, config, scales, found.coded)
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
