@@ -114,8 +114,6 @@ def convert_on_meta(model: nn.Module, selection: Selection, config) -> None:
 def convert(
     model: nn.Module, selection: Selection, config, scales: Mapping, coded: dict[str, dict[str, tuple]]
 ) -> None:
-    model: nn.Module, selection: Selection, config, scales: Mapping, coded: dict[str, dict[str, tuple]]
-) -> None:
     """Exchange the selected modules of a model in memory for quantized ones.
 
     Args:
