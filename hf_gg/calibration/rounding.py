@@ -3,7 +3,8 @@
 Three steps, each of which lowers tr((W - Ŵ) H (W - Ŵ)ᵀ): columns are rounded one after the other with feedback (see
 `moments`), for each of the scale's candidates, of which every row takes its best; then come passes of coordinate
 descent, in which each weight goes to the code that is best while all others stay; between them the scale is fitted
-anew, in closed form. At last a row for which plain rounding is better, on these inputs, gets that.
+anew, in closed form. At last a row for which plain rounding is better, on these inputs, gets that; a whole weight if its
+scale or its bits are those of all rows together.
 
 Tensors are [columns, rows] here, so that a column of all rows is contiguous, in the order of the metric.
 """
@@ -102,9 +103,10 @@ def round_weight(
         values, scales = problem.solve(candidates, per, passes)
     errors = problem.errors(values, scales)
     worse = errors > plain_error
-    if keep_bits and bits_a_weight(problem.codes_of(values), len(weight), _count(outliers)) > wanted:
-        worse = torch.ones_like(worse)
-    if per == "tensor":
+    if keep_bits:  # rows with finer steps would take more of them
+        bits = bits_a_weight(problem.codes_of(values), len(weight), _count(outliers))
+        worse = torch.full_like(worse, bits > wanted or bool(errors.sum() > plain_error.sum()))
+    elif per == "tensor":
         worse = (errors.sum() > plain_error.sum()).expand(worse.shape)
     values, scales = torch.where(worse, plain[0], values), torch.where(worse, plain[1], scales)
     return Rounded(
