@@ -3,8 +3,8 @@
 Three steps, each of which lowers tr((W - Ŵ) H (W - Ŵ)ᵀ): columns are rounded one after the other with feedback (see
 `moments`), for each of the scale's candidates, of which every row takes its best; then come passes of coordinate
 descent, in which each weight goes to the code that is best while all others stay; between them the scale is fitted
-anew, in closed form. At last a row for which plain rounding is better, on these inputs, gets that; a whole weight if its
-scale or its bits are those of all rows together.
+anew, in closed form. At last a row for which plain rounding is better, on these inputs, gets that; a whole weight
+where its rows share a scale, or their bits.
 
 Tensors are [columns, rows] here, so that a column of all rows is contiguous, in the order of the metric.
 """
