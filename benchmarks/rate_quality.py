@@ -60,6 +60,8 @@ FIELDS = (
 Weights = dict[str, torch.Tensor]
 # The model and its weights in; the weights to compute with and the mean of bits a weight out.
 Method = Callable[[nn.Module, Weights], tuple[Weights, float]]
+# Name to (family, maker).
+Table = dict[str, tuple[str, Callable[[], Method]]]
 
 
 def text_of(name: str) -> str:
@@ -182,7 +184,7 @@ def grid(bits: float, sensitivity: str) -> Method:
     return run
 
 
-def methods() -> dict[str, tuple[str, Callable[[], Method]]]:
+def methods() -> Table:
     """Name to (family, maker)."""
     found: dict[str, tuple[str, Callable[[], Method]]] = {}
     for name, make in PEERS.items():
@@ -219,8 +221,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measure(path: Path, names: list[str], windows: int, length: int) -> None:
-    """Measures what the file lacks, and appends a row for each method and text."""
+def measure(path: Path, names: list[str], windows: int, length: int, table: Table | None = None) -> None:
+    """Measures what the file lacks, and appends a row for each method (of `methods()` by default) and text."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -229,7 +231,7 @@ def measure(path: Path, names: list[str], windows: int, length: int) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     done = {(row["text"], row["method"]) for row in read(path)}
-    table = methods()
+    table = methods() if table is None else table
     wanted = [name for name in names or table if any((text, name) not in done for text in TEXTS)]
     if not wanted:
         return

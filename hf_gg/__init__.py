@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # type checkers know the name; `import typing` would cost
 if TYPE_CHECKING:
     from . import ggd as ggd
     from .formats import get_format as get_format
+    from .integrations.calibration import Calibration as Calibration
     from .integrations.initialization import gg_init as gg_init
     from .integrations.initialization import gg_init_ as gg_init_
     from .integrations.onnx import export_onnx as export_onnx
@@ -35,6 +36,7 @@ __all__ = [
     "BackSlash",
     "BackSlashCallback",
     "BackSlashConfig",
+    "Calibration",
     "DeepShapeConfig",
     "GGConfig",
     "GGInit",
@@ -58,6 +60,7 @@ _HOME = {
     "BackSlash": "hf_gg.training.backslash",
     "BackSlashCallback": "hf_gg.integrations.trainer",
     "BackSlashConfig": "hf_gg.integrations.peft.backslash",
+    "Calibration": "hf_gg.integrations.calibration",
     "DeepShapeConfig": "hf_gg.integrations.peft.deepshape",
     "GGConfig": "hf_gg.integrations.transformers",
     "GGInit": "hf_gg.training.initialization",

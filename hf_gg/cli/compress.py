@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --lossless-grid: round what is off the grid, and take the sign from zeros",
     )
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands share that write a quantized model."""
     parser.add_argument(
         "--keep",
         nargs="+",
@@ -53,48 +58,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    if args.lossless_grid is not None and (args.format or args.quantize_embeddings or args.quantize_lm_head):
+        raise ValueError("--lossless-grid codes floats as they are: --format and --quantize-… do not go with it.")
+    if args.round and args.lossless_grid is None:
+        raise ValueError("--round goes with --lossless-grid.")
+    rounded: dict[str, float] = {}
+
+    def make(source: Path, target: Path):
+        if args.lossless_grid is None:
+            return _quantized(args, source, target)
+        rows, changes = _on_grid(args, source, target)
+        rounded.update(changes)
+        return rows
+
+    rows = write(args, make)
+    for name in sorted(rounded, key=lambda key: -rounded[key])[:5]:
+        print(f"{name} was rounded to the grid: changed by {rounded[name]:.3g} at most.", file=sys.stderr)
+    show(args, summary(rows))
+    return None
+
+
+def write(
+    args: argparse.Namespace, make: Callable[[Path, Path], list], positional: Sequence[str] = ("model", "out")
+) -> list:
+    """Have a folder written that is there as a whole or not at all, with progress bars on terminals only.
+
+    Args:
+        args: of the command line: `model`, `out` and `overwrite`.
+        make: is given the model's path and an empty folder to fill, and returns what it stored.
+        positional: names of the command's positional arguments, in order, for the card.
+    """
     import transformers
     from safetensors import SafetensorError
 
     from ..integrations import folders
 
     folders.check_new(args.out, args.overwrite)
-    if args.lossless_grid is not None and (args.format or args.quantize_embeddings or args.quantize_lm_head):
-        raise ValueError("--lossless-grid codes floats as they are: --format and --quantize-… do not go with it.")
-    if args.round and args.lossless_grid is None:
-        raise ValueError("--round goes with --lossless-grid.")
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     source = folders.find(args.model)
-    rounded: dict[str, float] = {}
     try:
         with folders.new_folder(args.out, args.overwrite) as target:
-            if args.lossless_grid is not None:
-                rows, rounded = _on_grid(args, source, target)
-            else:
-                rows = _quantized(args, source, target)
+            rows = make(source, target)
             if (target / "config.json").exists():
-                _write_card(args, source, target)
+                _write_card(args, positional, source, target)
+            return rows
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{args.out} was not written, and what was there is as it was: {error}.") from error
-    for name in sorted(rounded, key=lambda key: -rounded[key])[:5]:
-        print(f"{name} was rounded to the grid: changed by {rounded[name]:.3g} at most.", file=sys.stderr)
-    table = summary(rows)
+
+
+def show(args: argparse.Namespace, table: dict, **more: object) -> None:
+    """Print a table as text, or as JSON with what else there is to say."""
     if args.json:
-        print(json.dumps({"model": args.model, "out": str(args.out), "coding": args.coding, **table}, indent=2))
+        about = {"model": args.model, "out": str(args.out), "coding": args.coding, **more}
+        print(json.dumps({**about, **table}, indent=2))
     else:
         print(as_text(table))
-    return None
 
 
-def _write_card(args: argparse.Namespace, source: Path, target: Path) -> None:
+def _write_card(args: argparse.Namespace, positional: Sequence[str], source: Path, target: Path) -> None:
     """A card of what was made, in the place of the source's, which describes another model."""
     from ..integrations.cards import Marker, base_of, collect, marker_of, read_license, write_card
     from .repeat import command_line
 
     known = marker_of(source) or Marker(base_of(args.model), read_license(str(source)))
-    commands = [*known.commands, command_line(args, ["model", "out"])]
+    commands = [*known.commands, command_line(args, positional)]
     try:
         facts = collect(target, Marker(known.base, known.license, commands))
         card = write_card(facts, args.out.absolute().name)

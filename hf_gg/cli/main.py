@@ -19,6 +19,7 @@ from .. import __version__
 # Name: (module, one line of help), in the order of use.
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
+    "quantize": ("hf_gg.cli.quantize", "write a quantized checkpoint, with calibrated rounding if wanted"),
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
     "eval": ("hf_gg.cli.evaluate", "measure a model, and how far it is from its base"),
     "push": ("hf_gg.cli.push", "publish a quantized checkpoint with a card of measured facts"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 # What changes nothing of what comes out.
-_LEFT_OUT = ("command", "run", "parser", "debug", "json", "output", "overwrite")
+_LEFT_OUT = ("command", "run", "parser", "debug", "json", "output", "overwrite", "work")
 
 
 def command_line(args: argparse.Namespace, positional: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .. import coding
 from ..nn.base import OUTLIERS
+from .calibration import tokenizer_of
 from .folders import copy_others, weight_files
 from .header import read_header
 from .lossless import GridFiles, StoredTensor
@@ -24,7 +25,13 @@ from .selection import code_parameters
 from .transformers import GGConfig, quantize_
 
 
-def compress(source: Path, target: Path, config: GGConfig, max_shard_size: str = "5GB") -> list[StoredTensor]:
+def compress(
+    source: Path,
+    target: Path,
+    config: GGConfig,
+    max_shard_size: str = "5GB",
+    uncalibrated: dict[str, str] | None = None,
+) -> list[StoredTensor]:
     """Quantize a Transformers model and save it with coded codes; one that is quantized already is only coded.
 
     Args:
@@ -32,6 +39,7 @@ def compress(source: Path, target: Path, config: GGConfig, max_shard_size: str =
         target: an empty folder.
         config: how to quantize and code.
         max_shard_size: of the files.
+        uncalibrated: is filled with what calibration left to plain rounding, and the reason.
 
     Returns:
         What became of each tensor.
@@ -55,7 +63,10 @@ def compress(source: Path, target: Path, config: GGConfig, max_shard_size: str =
     model = load(source, GGConfig(coding=config.coding) if given is not None else None)
     originals = {} if given is not None else dict(model.named_parameters(remove_duplicate=False))
     if given is None:
-        quantize_(model, config)
+        calibrated = config.calibration is not None
+        quantize_(model, config, tokenizer_of(model, gguf_file=_gguf_name(source)) if calibrated else None)
+    if uncalibrated is not None:
+        uncalibrated.update(model.hf_quantizer.uncalibrated)
     model.save_pretrained(target, max_shard_size=max_shard_size)
     rows = stored_tensors(model, target, originals)
     if source.is_file():
@@ -185,6 +196,10 @@ def stored_tensors(model: nn.Module, folder: Path, originals: Mapping[str, torch
 
 def _stored_name(model: nn.Module, name: str) -> str:
     return next(iter(revert_weight_conversion(model, {name: torch.empty(0, device="meta")})))
+
+
+def _gguf_name(source: Path) -> str | None:
+    return source.name if source.is_file() else None
 
 
 def _save_tokenizer(gguf: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from .. import ops
 from ..formats import StepRule, get_format
 from ..training.initialization import GGInit
 from . import allocation, coded, selection
+from .calibration import Calibration, CalibrationRecord
 
 
 METHOD = "gg"
@@ -55,6 +56,9 @@ class GGConfig(QuantizationConfigMixin):
         coding: how codes are saved: `"none"` (default), one byte each, or entropy-coded by `"rans"` or `"eg0"`
             (exp-Golomb codes), and decoded while loading. A checkpoint keeps its coding when it is loaded and saved
             again, unless a config given at load, or `model.config.quantization_config.coding`, says otherwise.
+        calibration: rounds every weight for the least error of its layer's outputs on a text: a `Calibration`, or its
+            texts (a file, or a list), or a dict of its keys. A checkpoint only keeps how many tokens there were, and
+            their hash.
         format_version: of the checkpoint; set by the library.
 
     Raises:
@@ -79,6 +83,7 @@ class GGConfig(QuantizationConfigMixin):
         step: float | None = None,
         target_error: float | None = None,
         sensitivity: str = "self",
+        calibration: Any = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -124,6 +129,7 @@ class GGConfig(QuantizationConfigMixin):
         if init is not None and not isinstance(init, GGInit):
             raise ValueError(f"init must be a GGInit or a dict of its keys, got {init!r}.")
         self.init = init
+        self.calibration = Calibration.of(calibration)
         if isinstance(format_version, bool) or format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"format_version {format_version!r} is not one that this hf_gg reads "
@@ -142,6 +148,8 @@ class GGConfig(QuantizationConfigMixin):
         if self._coding_given:
             attributes["coding"] = self.coding
         targets = {key: getattr(self, key) for key in _TARGETS if getattr(self, key) is not None}
+        if isinstance(self.calibration, Calibration):
+            targets["calibration"] = self.calibration
         if targets:
             attributes["_targets_wanted"] = targets
         return attributes
@@ -150,11 +158,15 @@ class GGConfig(QuantizationConfigMixin):
         """What is written into `config.json`: the properties of the checkpoint."""
         values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
         # what is not used stays away, so that earlier releases read the checkpoint
-        unused = dict.fromkeys((*_TARGETS, "init")) | {"coding": "none"}
+        unused = dict.fromkeys((*_TARGETS, "init", "calibration")) | {"coding": "none"}
         if self.weight_format != "grid":
             del values["sensitivity"]
         if self.init is not None:
             values["init"] = dataclasses.asdict(self.init)
+        if self.calibration is not None:
+            # texts belong to whoever calibrated, not to the checkpoint
+            done = isinstance(self.calibration, CalibrationRecord)
+            values["calibration"] = dataclasses.asdict(self.calibration) if done else None
         return {key: value for key, value in values.items() if key not in unused or value != unused[key]}
 
     def scale_rule(self) -> str | StepRule:

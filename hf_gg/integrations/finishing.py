@@ -16,6 +16,9 @@ from .dequantizing import new_conv1d
 from .initialization import drawing
 
 
+_FRESH = "missing from the checkpoint: newly initialized in full precision"
+
+
 @torch.no_grad()
 def replace_absent(model: nn.Module) -> dict[str, str]:
     """Put plain modules, newly initialized, where the checkpoint had neither codes nor scales.
@@ -42,7 +45,7 @@ def replace_absent(model: nn.Module) -> dict[str, str]:
                     f"up: list {owner} in modules_to_not_convert."
                 )
             _initialize_fresh(model, owner, module)
-            fresh[owner] = "missing from the checkpoint: newly initialized in full precision"
+            fresh[owner] = _FRESH
             continue
         if not all(loaded):
             missing = name if loaded[1] else f"{name}_scale"
@@ -70,6 +73,23 @@ def guard_initialization(model: nn.Module, skipped: dict[str, str], init: GGInit
             self._keys_to_ignore_on_load_missing = {*ignored, *gone}
             for _, module, weight in selection.code_parameters(self):
                 module._parameters[weight]._is_hf_initialized = True  # also what is offloaded to disk
+            self.initialize_weights()
+
+    model.initialize_weights = types.MethodType(initialize_weights, model)
+
+
+def note_absent(model: nn.Module, skipped: dict[str, str], init: GGInit | None) -> None:
+    """Note the linear layers that the checkpoint lacks when the model's initializers run, and have them draw as `init`
+    says. Of a model that is quantized once all of it is in memory."""
+
+    def initialize_weights(self):
+        del self.initialize_weights
+        tied = getattr(self, "all_tied_weights_keys", None) or {}
+        for name, module in self.named_modules():
+            fresh = selection.kind_of(module) == "linears" and f"{name}.weight" not in tied
+            if fresh and not getattr(module.weight, "_is_hf_initialized", False):
+                skipped[name] = _FRESH
+        with drawing(init):
             self.initialize_weights()
 
     model.initialize_weights = types.MethodType(initialize_weights, model)

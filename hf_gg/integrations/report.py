@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -41,13 +41,17 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Rows of a quantized model and the modules that stayed as they are, with reasons. `str()` gives a table."""
+    """Rows of a quantized model and the modules that stayed as they are, with reasons. `str()` gives a table.
+
+    `uncalibrated` lists what a calibration in this process left to plain rounding, with reasons.
+    """
 
     rows: list[ReportRow]
     skipped: dict[str, str]
     quantized_parameters: int
     other_parameters: int
     bytes: int
+    uncalibrated: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -70,6 +74,8 @@ class QuantizationReport:
         )
         for name, reason in self.skipped.items():
             lines.append(f"not quantized: {name} ({reason})")
+        for name, reason in self.uncalibrated.items():
+            lines.append(f"rounded without calibration: {name} ({reason})")
         return "\n".join(lines)
 
 
@@ -123,6 +129,7 @@ def quantization_report(
         quantized_parameters=quantized,
         other_parameters=sum(p.numel() for p in parameters) - quantized - beside,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
+        uncalibrated=dict(getattr(quantizer, "uncalibrated", {})),
     )
 
 

@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -91,6 +92,13 @@ def select(model: nn.Module, config, from_checkpoint: bool) -> Selection:
     return selection
 
 
+def leave_out(selection: Selection, reasons: dict[str, str]) -> None:
+    """Take modules out of a selection; the reasons are noted."""
+    for names in (selection.linears, selection.experts, selection.embeddings):
+        names[:] = [name for name in names if name not in reasons]
+    selection.skipped.update(reasons)
+
+
 def convert_on_meta(model: nn.Module, selection: Selection, config) -> None:
     """Exchange the selected modules of a model on the meta device for empty quantized ones."""
     options = config.module_options()
@@ -101,6 +109,38 @@ def convert_on_meta(model: nn.Module, selection: Selection, config) -> None:
     for name in selection.experts:
         RF8Experts.convert_(model.get_submodule(name), **options)
     mark_quantized(model)
+
+
+def convert(
+    model: nn.Module, selection: Selection, config, scales: Mapping, coded: dict[str, dict[str, tuple]]
+) -> None:
+    """Exchange the selected modules of a model in memory for quantized ones.
+
+    Args:
+        model: in full precision.
+        selection: the modules.
+        config: a `GGConfig`.
+        scales: steps of a grid by module name, of experts by the weight's name in it.
+        coded: codes, scale and outliers by module name and the weight's name in it, of what is rounded already;
+            emptied on the way, so that only one of the two is in memory.
+    """
+    options = config.module_options()
+    for name in (*selection.linears, *selection.embeddings):
+        module, own = model.get_submodule(name), {**options, "scale": scales.get(name, config.scale)}
+        new: nn.Module
+        if name in coded:
+            kind = RF8Linear if name in selection.linears else RF8Embedding
+            new = kind.from_codes(module, *coded.pop(name)["weight"], **options)  # type: ignore[arg-type]
+        elif name in selection.linears:
+            new = RF8Linear.from_linear(module, name=name, **own)
+        else:
+            new = RF8Embedding.from_embedding(module, **own)  # type: ignore[arg-type]  # by its kind
+        replace_module(model, name, new)
+    for name in selection.experts:
+        own = {**options, "scale": scales.get(name, config.scale), "coded": coded.pop(name, None)}
+        RF8Experts.convert_(model.get_submodule(name), **own)
+    for _, module in quantized_modules(model):
+        module.scale_mode = options["scale"]
 
 
 def mark_quantized(model: nn.Module) -> None:

@@ -9,8 +9,11 @@ conversion.
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +23,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..nn import RF8Embedding, RF8Experts, RF8Linear
+from ..nn import RF8Experts
 from ..nn.base import OUTLIERS, QuantizedWeight
 from . import allocation, checkpoint, coded, gguf, model_dtype, outliers, saving, selection
+from .calibrating import Calibrated, calibrate_by_config
 from .config import FORMAT_VERSION, METHOD, GGConfig
 from .dequantizing import check_can_dequantize, dequantize
-from .finishing import finish_loading, guard_initialization
+from .finishing import finish_loading, guard_initialization, note_absent
 from .initialization import drawing
 from .report import quantization_report
 
@@ -68,10 +72,18 @@ class GGHfQuantizer(HfQuantizer):
         self._dropped_conversions: list = []
         self._outliers: dict | None = {}
         self._gguf: gguf.GgufSource | None = None
+        self._gguf_file: str | None = None
+        # modules that calibration left to plain rounding, with the reason
+        self.uncalibrated: dict[str, str] = {}
 
     @property
     def _holds_floats(self) -> bool:
         return self.quantization_config.weight_format == coded.FLOATS
+
+    @property
+    def _calibrates(self) -> bool:
+        """Whether the model is quantized once all of it is in memory."""
+        return not self._from_codes and self.quantization_config.calibration is not None
 
     # --- before loading ---
 
@@ -111,6 +123,9 @@ class GGHfQuantizer(HfQuantizer):
             )
         if self._from_codes and self.quantization_config.dequantize:
             check_can_dequantize(model)
+        if self._calibrates:
+            note_absent(model, self.skipped, self.quantization_config.init)
+            return
         chosen = selection.select(model, self.quantization_config, from_checkpoint=self._from_codes)
         if not chosen and not self._from_codes:
             logger.warning(f"No module of {type(model).__name__} was quantized: {_summary(chosen.skipped)}.")
@@ -148,6 +163,7 @@ class GGHfQuantizer(HfQuantizer):
     # Transformers reads a GGUF file through these two
     def read_header(self, gguf_file: str):
         self._gguf = gguf.GgufSource(gguf_file)
+        self._gguf_file = os.path.basename(gguf_file)
         # blocks must reach the file's converters uncast, which the loader grants to what was quantized before
         self.pre_quantized = self._gguf.in_blocks
 
@@ -165,6 +181,10 @@ class GGHfQuantizer(HfQuantizer):
             return model
         with drawing(self.quantization_config.init):
             self.skipped.update(finish_loading(model))
+        if self._calibrates:
+            if self._gguf:
+                model._weight_conversions = None  # not those of the checkpoint to save
+            return _quantize_in_memory(model, self.quantization_config, None, self)
         # a GGUF file's own conversions are not those of the checkpoint to save
         conversions = None if self._gguf and self._gguf.in_blocks else getattr(model, "_weight_conversions", None)
         _prepare_for_saving(model, self.quantization_config, self, conversions)
@@ -195,12 +215,17 @@ class GGHfQuantizer(HfQuantizer):
         return dequantize(model, dtype, self._dropped_conversions)
 
 
-def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
+def quantize_(model: nn.Module, config: GGConfig | None = None, tokenizer: Any = None) -> nn.Module:
     """Quantize a Transformers model that is in memory, in place; as if it had been loaded with `config`.
+
+    Args:
+        model: the model.
+        config: how.
+        tokenizer: of the model, for calibration; that of the place where the model was loaded from if None.
 
     Raises:
         ValueError: the model is quantized already, on the meta device, holds NaN or infinity, or cannot meet the
-            target (the weight is named); the model is then unchanged.
+            target (the weight is named), or cannot be calibrated; the model is then unchanged.
         TypeError: not a Transformers model, or not a `GGConfig`.
     """
     config = GGConfig() if config is None else config
@@ -218,32 +243,38 @@ def quantize_(model: nn.Module, config: GGConfig | None = None) -> nn.Module:
         )
     if config.weight_format == coded.FLOATS:
         coded.check_floats(False, None)
+    return _quantize_in_memory(model, config, tokenizer, None)
+
+
+def _quantize_in_memory(model, config: GGConfig, tokenizer: Any, quantizer: GGHfQuantizer | None) -> nn.Module:
+    """`quantize_` of a model that is not quantized; by the quantizer that loaded it, if one did."""
     chosen = selection.select(model, config, from_checkpoint=False)
+    if quantizer is not None:
+        selection.leave_out(chosen, quantizer.skipped)
     for name in (*chosen.linears, *chosen.embeddings, *chosen.experts):
         module = model.get_submodule(name)
         for weight in RF8Experts.weight_names(module) or ("weight",):
             _check_quantizable(f"{name}.{weight}", module._parameters[weight])
-    options = config.module_options()
     with torch.no_grad():
-        scales = allocation.steps_of_model(model, chosen, config) if config.weight_format == "grid" else {}
-        for name in chosen.linears:
-            own = {**options, "scale": scales.get(name, config.scale)}
-            selection.replace_module(model, name, RF8Linear.from_linear(model.get_submodule(name), name=name, **own))
-        for name in chosen.embeddings:
-            own = {**options, "scale": scales.get(name, config.scale)}
-            selection.replace_module(model, name, RF8Embedding.from_embedding(model.get_submodule(name), **own))
-        for name in chosen.experts:
-            RF8Experts.convert_(model.get_submodule(name), **{**options, "scale": scales.get(name, config.scale)})
-        for _, module in selection.quantized_modules(model):
-            module.scale_mode = options["scale"]
+        scales: dict[str, Any] = {}
+        found = Calibrated()
+        if config.calibration is not None:
+            config = copy.copy(config)  # the caller's may be used for another model
+            gguf_file = None if quantizer is None else quantizer._gguf_file
+            found, config.calibration = calibrate_by_config(model, chosen, config, tokenizer, gguf_file)
+        elif config.weight_format == "grid":
+            scales = allocation.steps_of_model(model, chosen, config)
+        selection.convert(model, chosen, config, scales, found.coded)
     selection.mark_quantized(model)
     if chosen.embeddings:
         # by the mapping that `mark_quantized` has extended by the scales
         model.tie_weights(recompute_mapping=False)
     outliers.tie(model)
 
-    quantizer = GGHfQuantizer(config, pre_quantized=False)
-    quantizer.skipped = chosen.skipped
+    if quantizer is None:
+        quantizer = GGHfQuantizer(config, pre_quantized=False)
+    quantizer.quantization_config = config
+    quantizer.skipped, quantizer.uncalibrated = chosen.skipped, found.plain
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         from transformers.conversion_mapping import get_model_conversion_mapping

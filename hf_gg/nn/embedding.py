@@ -64,12 +64,20 @@ class RF8Embedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]  # both
         Raises:
             ValueError: NaN or infinity in the table, unknown format, scale, rounding or backend.
         """
-        module = cls.like(
-            embedding, embedding.weight.device, format=format, scale=scale, rounding=rounding, backend=backend
-        )
-        codes, row_scale, outliers = ops.quantize_with_outliers(
-            embedding.weight.detach(), get_format(format), scale, rounding
-        )
+        coded = ops.quantize_with_outliers(embedding.weight.detach(), get_format(format), scale, rounding)
+        return cls.from_codes(embedding, *coded, format=format, scale=scale, rounding=rounding, backend=backend)
+
+    @classmethod
+    def from_codes(
+        cls,
+        embedding: nn.Embedding,
+        codes: torch.Tensor,
+        row_scale: torch.Tensor,
+        outliers: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> RF8Embedding:
+        """A module for an `nn.Embedding` whose table has been made codes; arguments as of `RF8Linear.from_codes`."""
+        module = cls.like(embedding, embedding.weight.device, **options)
         module.weight.data.copy_(codes)
         module.weight_scale.data.copy_(row_scale)
         set_outliers(module, "weight", outliers)

@@ -9,7 +9,7 @@ beside each, and the forward pass runs over them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,12 @@ class RF8Experts(nn.Module):
 
     @staticmethod
     def convert_(
-        module: nn.Module, format: str = "rf8", scale: Any = "row", rounding: str = "nearest", backend: str = "auto"
+        module: nn.Module,
+        format: str = "rf8",
+        scale: Any = "row",
+        rounding: str = "nearest",
+        backend: str = "auto",
+        coded: Mapping[str, tuple] | None = None,
     ) -> nn.Module:
         """Turn a module of fused experts into RF8Experts in place; weights on the meta device become empty codes
         there.
@@ -71,6 +76,8 @@ class RF8Experts(nn.Module):
             scale: scale mode; of a grid also the steps of each weight by its name, [experts, out, 1].
             rounding: rounding.
             backend: backend of the operators.
+            coded: codes, scale and outliers by name, as `quantize_experts` gives them, of weights that are codes
+                already.
 
         Raises:
             ValueError: NaN or infinity in a weight, a layout that is not known, unknown format, scale or backend.
@@ -84,6 +91,9 @@ class RF8Experts(nn.Module):
         ops.check_backend(backend)
         for name in names:
             weight = module._parameters[name].detach()
+            if coded is not None:
+                new[name] = coded[name]
+                continue
             if weight.is_meta:
                 shape = list(weight.shape)
                 shape[1 if module.is_transposed else 2] = 1
@@ -209,10 +219,34 @@ def quantize_experts(
     """
     source = weight.transpose(1, 2) if transposed else weight
     codes, scales, outliers = ops.quantize_with_outliers(source, fmt, scale, rounding, reduce)
-    scales = scales.expand(*source.shape[:2], 1)
+    return _stored(codes, scales.expand(*source.shape[:2], 1), outliers, transposed)
+
+
+def stack_experts(parts: Sequence[tuple], transposed: bool) -> tuple:
+    """Codes, scale and outliers of a stack, as `quantize_experts` gives them, from those of each expert.
+
+    Args:
+        parts: for each expert codes [out, in], scale [out, 1], and indices and values of outliers or None.
+        transposed: the stack is to be [experts, in, out].
+    """
+    codes = torch.stack([part[0] for part in parts])
+    lists = [(number, part[2]) for number, part in enumerate(parts) if part[2] is not None]
+    outliers = None
+    if lists:
+        index = torch.cat([own[0].long() + number * codes[0].numel() for number, own in lists])
+        narrow = torch.int32 if codes.numel() <= 2**31 else torch.int64
+        outliers = index.to(narrow), torch.cat([own[1] for _, own in lists])
+    return _stored(codes, torch.stack([part[1] for part in parts]), outliers, transposed)
+
+
+def _stored(
+    codes: torch.Tensor, scales: torch.Tensor, outliers: tuple[torch.Tensor, torch.Tensor] | None, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """A stack [experts, out, in] as its module keeps it."""
     if transposed:
+        rows, columns = codes.shape[1:]
         codes, scales = codes.transpose(1, 2), scales.transpose(1, 2)
-        outliers = None if outliers is None else _transposed_outliers(*outliers, *source.shape[1:])
+        outliers = None if outliers is None else _transposed_outliers(*outliers, rows, columns)
     return codes.contiguous(), scales.contiguous(), outliers
 
 

@@ -92,14 +92,34 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
             raise TypeError(f"{where}: RF8Linear is made from nn.Linear or Conv1D, got {type(linear).__name__}.")
         if not linear.weight.is_floating_point() or linear.weight.element_size() == 1:
             raise TypeError(f"{where}: needs a floating point weight of 16 bits or more, got {linear.weight.dtype}.")
-        module = cls.like(linear, format=format, backend=backend, scale=scale, rounding=rounding)
         weight = linear.weight.detach()
         try:
-            codes, row_scale, outliers = ops.quantize_with_outliers(
-                weight.T if module.fan_in_fan_out else weight, get_format(format), scale, rounding
+            coded = ops.quantize_with_outliers(
+                weight.T if is_conv1d(linear) else weight, get_format(format), scale, rounding
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        return cls.from_codes(linear, *coded, format=format, backend=backend, scale=scale, rounding=rounding)
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Module,
+        codes: torch.Tensor,
+        row_scale: torch.Tensor,
+        outliers: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> RF8Linear:
+        """A module for an `nn.Linear` or a `Conv1D` whose weight has been made codes; the bias is taken over.
+
+        Args:
+            linear: the module.
+            codes: uint8 [out, in].
+            row_scale: float32 [out, 1] or [1, 1].
+            outliers: their indices and values, as in QuantizedWeight.
+            **options: `format`, `backend`, `scale` and `rounding`.
+        """
+        module = cls.like(linear, **options)
         module.weight = nn.Parameter(codes, requires_grad=False)
         row_scale = row_scale.expand(module.out_features, 1).contiguous()
         module.weight_scale = nn.Parameter(row_scale, requires_grad=False)
