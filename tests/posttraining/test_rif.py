@@ -193,6 +193,7 @@ def test_completions_end_where_the_tokenizer_or_a_stop_string_says():
     [(_, [[text]], tokens)] = generate(model, prompts, plan([4], sampling), sampling)
     assert text.split() == texts[:end] and tokens == end
     words = tokenizer()
+    words.add_tokens("abcdef")  # what Transformers' search for stop strings needs
     words.pad_token, words.eos_token = None, None  # pads with token 0
     sampling = Sampling(n=1, temperature=0, max_new_tokens=6, stop_strings=(texts[1],))
     prompts = Prompts(words, ["1 + 2 =", "3 ="])
