@@ -192,15 +192,18 @@ def test_completions_end_where_the_tokenizer_or_a_stop_string_says():
     end = texts.index(texts[2]) + 1
     [(_, [[text]], tokens)] = generate(model, prompts, plan([4], sampling), sampling)
     assert text.split() == texts[:end] and tokens == end
-    words = tokenizer()
-    words.add_tokens("abcdef")  # what Transformers' search for stop strings needs
-    words.pad_token, words.eos_token = None, None  # pads with token 0
     sampling = Sampling(n=1, temperature=0, max_new_tokens=6, stop_strings=(texts[1],))
-    prompts = Prompts(words, ["1 + 2 =", "3 ="])
-    [(batch, found, tokens)] = generate(model, prompts, plan([4, 2], sampling), sampling)
-    text = " ".join(texts)
-    assert found[batch.prompts.index(0)] == [text[: text.index(texts[1]) + len(texts[1])]]
-    assert 2 <= tokens < 12
+    for ends in (True, False):
+        words = tokenizer()
+        words.add_tokens("abcdef")  # what Transformers' search for stop strings needs
+        if not ends:
+            words.pad_token, words.eos_token = None, None  # pads with token 0
+        prompts = Prompts(words, ["1 + 2 =", "3 ="])
+        [(batch, found, tokens)] = generate(model, prompts, plan([4, 2], sampling), sampling)
+        text = " ".join(texts)
+        assert found[batch.prompts.index(0)] == [text[: text.index(texts[1]) + len(texts[1])]]
+        # without an end, a text that has stopped is written on until all have
+        assert tokens == 12 if not ends else 2 <= tokens < 12
 
 
 def test_the_model_is_left_as_it_was():
@@ -620,3 +623,31 @@ def test_prompts_with_images():
         model, processor, data, long, n=4, min_correct=0, max_new_tokens=5, batch_tokens=150
     )
     assert len(kept) == 4 and 0 < report.accuracy < 1
+
+
+def test_chats_with_images():
+    """Images get their places as GRPO gives them: before the first text of a user."""
+    from PIL import Image
+    from trl.data_utils import prepare_multimodal_messages
+
+    _, processor = vision_language()
+    images = [Image.new("RGB", (16, 16 + 8 * k), (90 * k, 0, 0)) for k in range(3)]
+    chat = [
+        {"role": "system", "content": "7 8"},
+        {"role": "user", "content": "1 + 2"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "4 + 5"},
+    ]
+    own = [{"role": "user", "content": [{"type": "text", "text": "1 +"}, {"type": "image"}]}]
+    given = [(chat, images[:1]), (chat, images[1:]), (chat, []), (own, images[2:])]
+    prompts = Prompts(processor, [prompt for prompt, _ in given], [found for _, found in given])
+    for place, (prompt, found) in enumerate(given):
+        wanted = processor.apply_chat_template(
+            prepare_multimodal_messages(prompt, images=found), add_generation_prompt=True, tokenize=False
+        )
+        assert prompts.texts[place] == wanted and wanted.count("<|image_pad|>") == len(found)
+    assert prompts.texts[1].startswith("7 8 <|vision_start|>")
+    assert chat[1]["content"] == "1 + 2"  # as it was
+    for prompt, found, places in ((own, [], 1), (own, images, 1), (chat[:1], images[:1], 0)):
+        with pytest.raises(ValueError, match=f"prompt 0 has places for {places} images, and {len(found)} are given"):
+            Prompts(processor, [prompt], [found])
