@@ -29,6 +29,7 @@ __all__ = ["ContinualResult", "ContinualRunner", "Task", "average_accuracy", "fo
 
 _IMAGES = ("image", "images")
 
+
 class ContinualRunner:
     """Learns tasks one after the other and evaluates all of them after each.
 

@@ -21,9 +21,7 @@ Completion = str | list[dict[str, Any]]
 _MOST_CHARACTERS, _MOST_EXPONENT = 100, 100
 _MINUS = "\u2212"
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"
-_WRITTEN = (
-    rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?"
-)
+_WRITTEN = rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?"
 _NUMBER = re.compile(rf"{_WRITTEN}(?!\w)")
 _MARKED = re.compile(rf"{_WRITTEN}(?!\d)")  # units may follow at once
 _NO_SIGN = re.compile(r"(?:^[ \t]*|(?<=[\d)])[ \t]+)[-+][ \t]+", re.MULTILINE)

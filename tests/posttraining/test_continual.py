@@ -18,6 +18,7 @@ from hf_gg import GGConfig, quantize_
 from hf_gg.posttraining.continual import ContinualRunner, Task, average_accuracy, forgetting
 from hf_gg.posttraining.rewards import number_match
 from hf_gg.posttraining.rif import AllDropped, Sampling
+from hf_gg.posttraining.tasks import right
 
 
 # --- metrics, by hand ---
@@ -170,6 +171,15 @@ def test_grpo_with_filter_on_rf8_goes_on_after_kills(tmp_path):
         assert found["kept"] == sum(found["histogram"][1:4])
     assert {name.split()[0] for name in weights(tmp_path / "whole")} == {"00-20", "01-30"}
     assert not any("ref" in name for name in weights(tmp_path / "whole"))
+
+
+def test_each_row_is_right_from_its_own_threshold_on():
+    def half(completions, **_):
+        return [{"a": 0.25, "b": 0.5, "c": None, "d": math.nan}[text] for text in completions]
+
+    tasks = [Task(name, None, None, half, threshold=threshold) for name, threshold in (("x", 0.25), ("y", 0.5))]
+    found = right(tasks)(completions=[*"ababcd"], task=[0, 0, 1, 1, 0, 1])
+    assert found[:5] == [1, 1, 0, 1, None] and math.isnan(found[5])
 
 
 def pictures(name: str, blue: int) -> Task:

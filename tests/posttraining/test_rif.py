@@ -368,36 +368,55 @@ def test_a_cache_with_bytes_flipped_or_cut(data):
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
-    """SIGKILL, again and again: the same result, and no instance is rolled out twice."""
+    """SIGKILL, again and again: the same result, and no instance is rolled out twice.
+
+    The processes are forks of one that has imported everything, which is what takes long.
+    """
     script = f"""
-import os, signal, sys, json
+import os, signal, sys, json, traceback
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from policies import *
 from test_rif import scripted_data, filter_by_rollouts
-torch.manual_seed(0)
-policy, generate = Scripted(8), Scripted.generate
+cache, log = sys.argv[1:]
+generate = Scripted.generate
 def killing(self, **options):
     if len(self.rows) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     made = generate(self, **options)
-    print(json.dumps([tokenizer().decode(prompt) for prompt in self.seen]), file=open(sys.argv[2], "a"))
+    print(json.dumps([tokenizer().decode(prompt) for prompt in self.seen]), file=open(log, "a"))
     self.seen.clear()
     return made
 Scripted.generate = killing
-rights = [0, 3, 8, 1, 0, 8, 7]
-report = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
-    batch_tokens=200, cache=sys.argv[1], show_progress=False)[1]
-print(json.dumps(report.counts))
+def work():
+    torch.manual_seed(0)
+    rights = [0, 3, 8, 1, 0, 8, 7]
+    report = filter_by_rollouts(Scripted(8), tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
+        batch_tokens=200, cache=cache, show_progress=False)[1]
+    print(json.dumps(report.counts), flush=True)
+for _ in range(4):
+    if not (child := os.fork()):
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, len(open(cache).read().split("\\n"))]), flush=True)
+    if code != -9:
+        break
 """
     cache, log = tmp_path / "cache.jsonl", tmp_path / "log"
-    for _ in range(4):
-        done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=300)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -9, done.stderr
-        assert len(cache.read_text().split("\n")) % 2 == 0  # the head, two batches a round, and the end
-    assert len(log.read_text().split("\n")) > 3 and json.loads(done.stdout) == [0, 3, 8, 1, 0, 8, 7]
+    done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    *killed, counts, ended = map(json.loads, done.stdout.splitlines())
+    assert len(killed) >= 2 and ended[0] == 0, done.stderr
+    # the head, two batches a round, and the end
+    assert killed == [[-9, 2 + 2 * number] for number in range(1, len(killed) + 1)]
+    assert counts == [0, 3, 8, 1, 0, 8, 7]
     rolled = [prompt for line in log.read_text().splitlines() for prompt in json.loads(line)]
     assert len(rolled) == len({*rolled}) == 7
 
