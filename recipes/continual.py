@@ -249,10 +249,12 @@ def tokenizer(settings: ContinualArguments) -> tf.PreTrainedTokenizerBase | tf.P
 def speeches(model: tf.PreTrainedModel, words: tf.PreTrainedTokenizerBase | tf.ProcessorMixin) -> float:
     """Mean log-likelihood of a token, nats, of the beginnings of eight speeches: higher is better."""
     words = getattr(words, "tokenizer", words)
-    texts = data.sotu_texts(since=1990)[::4][:8]
-    ids = torch.stack([words(text, return_tensors="pt")["input_ids"][0][:256] for text in texts]).to(model.device)
-    logits = model(ids).logits.float()[:, :-1]
-    return -float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    losses = []
+    for text in data.sotu_texts(since=1990)[::4][:8]:
+        ids = words(text[:4000], return_tensors="pt")["input_ids"][:, :256].to(model.device)
+        logits = model(ids).logits.float()[0, :-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return -sum(losses) / len(losses)
 
 
 def row_of(method: str, seed: int, result: ContinualResult) -> dict:

@@ -35,7 +35,7 @@ class ContinualRunner:
 
     Args:
         load: gives the base model anew; called before every task and every evaluation.
-        tokenizer: of the model; its processor for prompts with images.
+        tokenizer: of the model; its processor for prompts with images, which GRPO takes as chats.
         tasks: in their order.
         output_dir: folder of the run; one that holds another run is refused.
         args: `trl.SFTConfig` or `trl.GRPOConfig`, which says how the tasks are learned. Its `output_dir` is not used;
@@ -96,6 +96,8 @@ class ContinualRunner:
                     raise ValueError(f"{task.name}: {part} has a column 'task', which the runner fills: rename it.")
                 if (place := missing_answer(data["answer"])) is not None:
                     raise ValueError(f"{task.name}: row {place} of {part} has no answer: drop it or fill it in.")
+            if self.grpo and {*_IMAGES} & {*task.train.column_names} and isinstance(task.train[0]["prompt"], str):
+                raise ValueError(f"{task.name}: GRPO takes prompts with images as chats only, got a text.")
         if joint and len({tuple(name in task.train.column_names for name in _IMAGES) for task in tasks}) > 1:
             raise ValueError("tasks with and without images cannot be mixed: give all the same column of images.")
         self.load, self.tokenizer, self.tasks = load, tokenizer, [*tasks]
@@ -182,6 +184,8 @@ class ContinualRunner:
             rewards.append(by_task(tasks, "format"))
             if args.reward_weights is None:
                 args.reward_weights = [*self.weights]
+        # TRL looks at any one of prompt and completion to tell chats from texts, and GRPO has no use for the latter
+        data = data.remove_columns([name for name in data.column_names if name == "completion"])
         words = self.tokenizer
         if hasattr(words, "tokenizer"):  # GRPO pads prompts on the left, and a processor what goes with them by itself
             words = copy.deepcopy(words)
