@@ -413,7 +413,7 @@ for _ in range(4):
     done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     *killed, counts, ended = map(json.loads, done.stdout.splitlines())
-    assert len(killed) == 3 and ended[0] == 0, done.stderr
+    assert len(killed) == 2 and ended[0] == 0, done.stderr
     # the head, two batches a round, and the end
     assert killed == [[-9, 2 + 2 * number] for number in range(1, len(killed) + 1)]
     assert counts == [0, 3, 8, 1, 0, 8, 7]

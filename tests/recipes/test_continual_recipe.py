@@ -22,11 +22,12 @@ def recipes(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A tiny random Llama with SmolLM2's tokenizer."""
-    folder, file = tmp_path_factory.mktemp("tiny"), data.smollm2_gguf()
-    words = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+ASSISTANT = """{% for message in messages %}{% if message['role'] == 'assistant' %}= {% endif %}
+{{- message['content'] }} {% endfor %}{% if add_generation_prompt %}= {% endif %}"""
+
+
+def save_llama(folder: Path, words: tf.PreTrainedTokenizerBase) -> Path:
+    """A tiny random Llama with a tokenizer."""
     words.save_pretrained(folder)
     tf.set_seed(0)
     config = tf.LlamaConfig(
@@ -41,6 +42,27 @@ def tiny(tmp_path_factory) -> Path:
     )
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["few words", pytest.param("SmolLM2's", marks=pytest.mark.slow)])
+def tiny(request, tmp_path, policies) -> Path:
+    """A tiny random Llama, also with SmolLM2's tokenizer, which takes long to read and has 49,152 words."""
+    if request.param == "few words":
+        words = policies.tokenizer()
+        words.chat_template = ASSISTANT
+    else:
+        file = data.smollm2_gguf()
+        words = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return save_llama(tmp_path / "tiny", words)
+
+
+@pytest.fixture
+def policies(monkeypatch):
+    """The tiny models of the tests of rollouts."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "posttraining"))
+    import policies
+
+    return policies
 
 
 def test_the_table(tiny, tmp_path, capsys):
@@ -64,12 +86,9 @@ def test_the_table(tiny, tmp_path, capsys):
 
 
 @pytest.fixture
-def tiny_vision(tmp_path, monkeypatch) -> Path:
+def tiny_vision(tmp_path, policies) -> Path:
     """A tiny random Qwen2.5-VL; its processor is read by AutoProcessor, but has no part for videos."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "posttraining"))
-    from policies import vision_language
-
-    model, processor = vision_language()
+    model, processor = policies.vision_language()
     model.save_pretrained(tmp_path / "vision")
     processor.save_pretrained(tmp_path / "vision")
     tf.AutoProcessor.register(type(model.config), type(processor), exist_ok=True)
