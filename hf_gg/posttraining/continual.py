@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .judging import missing_answer, roll_out
+from .rewards import described
 from .rif import filter_by_rollouts
 from .rollout_cache import fingerprint
 from .rollouts import Sampling
@@ -26,13 +27,15 @@ from .tasks import Task, by_task, digest_of, last_checkpoint, mixed, right, with
 
 __all__ = ["ContinualResult", "ContinualRunner", "Task", "average_accuracy", "forgetting", "plot_scores"]
 
+_IMAGES = ("image", "images")
+
 
 class ContinualRunner:
     """Learns tasks one after the other and evaluates all of them after each.
 
     Args:
         load: gives the base model anew; called before every task and every evaluation.
-        tokenizer: of the model; its processor for prompts with images.
+        tokenizer: of the model; its processor for prompts with images, which GRPO takes as chats.
         tasks: in their order.
         output_dir: folder of the run; one that holds another run is refused.
         args: `trl.SFTConfig` or `trl.GRPOConfig`, which says how the tasks are learned. Its `output_dir` is not used;
@@ -45,6 +48,8 @@ class ContinualRunner:
         joint: train once on all tasks mixed: the upper bound that others are compared with.
         weights: of the rewards for being right and for the format, in GRPO.
         callbacks: for the trainers.
+        start_cache: a JSON file of scores before any training, which several runs may share: the model, adapter
+            included, is evaluated once for the same test data and `evaluation`. Rewards are told apart by their names.
 
     Raises:
         ValueError: no tasks, two of one name or one that cannot be a folder's, a task without data or answers, another
@@ -65,6 +70,7 @@ class ContinualRunner:
         joint: bool = False,
         weights: tuple[float, float] = (0.9, 0.1),
         callbacks: Sequence[Any] = (),
+        start_cache: str | Path | None = None,
     ) -> None:
         from trl import GRPOConfig, SFTConfig
 
@@ -90,11 +96,16 @@ class ContinualRunner:
                     raise ValueError(f"{task.name}: {part} has a column 'task', which the runner fills: rename it.")
                 if (place := missing_answer(data["answer"])) is not None:
                     raise ValueError(f"{task.name}: row {place} of {part} has no answer: drop it or fill it in.")
+            if self.grpo and {*_IMAGES} & {*task.train.column_names} and isinstance(task.train[0]["prompt"], str):
+                raise ValueError(f"{task.name}: GRPO takes prompts with images as chats only, got a text.")
+        if joint and len({tuple(name in task.train.column_names for name in _IMAGES) for task in tasks}) > 1:
+            raise ValueError("tasks with and without images cannot be mixed: give all the same column of images.")
         self.load, self.tokenizer, self.tasks = load, tokenizer, [*tasks]
         self.args, self.peft_config, self.rif = args, peft_config, rif
         self.evaluation = evaluation or Sampling(n=1, temperature=0.0, max_new_tokens=64)
         self.general, self.joint, self.weights, self.callbacks = general, joint, weights, [*callbacks]
         self.folder = Path(output_dir)
+        self.start_cache = None if start_cache is None else Path(start_cache)
         self._claim_folder()
 
     def run(self) -> ContinualResult:
@@ -107,7 +118,7 @@ class ContinualRunner:
             )
         if "start" not in state:
             model = self._model(-1)
-            state |= {"start": self._evaluate(model), "general": [self._general(model)]}
+            state |= {"start": self._start(model), "general": [self._general(model)]}
             _write(self.folder / "state.json", state)
         steps = [self.tasks] if self.joint else [[task] for task in self.tasks]
         for number in range(len(state["scores"]), len(steps)):
@@ -173,8 +184,14 @@ class ContinualRunner:
             rewards.append(by_task(tasks, "format"))
             if args.reward_weights is None:
                 args.reward_weights = [*self.weights]
+        # TRL looks at any one of prompt and completion to tell chats from texts, and GRPO has no use for the latter
+        data = data.remove_columns([name for name in data.column_names if name == "completion"])
+        words = self.tokenizer
+        if hasattr(words, "tokenizer"):  # GRPO pads prompts on the left, and a processor what goes with them by itself
+            words = copy.deepcopy(words)
+            words.tokenizer.padding_side = "left"
         trainer = GRPOTrainer(
-            model, rewards, args, train_dataset=data, processing_class=self.tokenizer, callbacks=self.callbacks
+            model, rewards, args, train_dataset=data, processing_class=words, callbacks=self.callbacks
         )
         trainer.add_callback(_order_by_epoch())
         return trainer
@@ -183,7 +200,7 @@ class ContinualRunner:
         from trl import SFTTrainer
 
         columns = data.column_names
-        data = data.map(with_completion, remove_columns=[name for name in columns if name not in ("image", "images")])
+        data = data.map(with_completion, remove_columns=[name for name in columns if name not in _IMAGES])
         return SFTTrainer(model, args, train_dataset=data, processing_class=self.tokenizer, callbacks=self.callbacks)
 
     def _model(self, number: int) -> Any:
@@ -202,6 +219,19 @@ class ContinualRunner:
             return PeftModel.from_pretrained(base, self._place(number) / "model", is_trainable=True)
         set_seed(self.args.seed)
         return get_peft_model(base, copy.deepcopy(self.peft_config))
+
+    def _start(self, model: Any) -> list[float]:
+        """Scores before any training; of the cache, if they are there."""
+        if self.start_cache is None:
+            return self._evaluate(model)
+        tests = [[digest_of(task.test), described(task.reward), task.threshold] for task in self.tasks]
+        key = fingerprint(model, tests, self.evaluation.to_dict())
+        known = _read(self.start_cache) or {}
+        if key not in known:
+            known[key] = self._evaluate(model)
+            self.start_cache.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.start_cache, known)
+        return known[key]
 
     def _evaluate(self, model: Any) -> list[float]:
         scores = []

@@ -21,9 +21,10 @@ Completion = str | list[dict[str, Any]]
 _MOST_CHARACTERS, _MOST_EXPONENT = 100, 100
 _MINUS = "\u2212"
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"
-_NUMBER = re.compile(
-    rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?(?![\w])"
-)
+_WRITTEN = rf"(?<![\w.])[-+]?\s?[$€£]?(?:(?:{_DIGITS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?:\s?%)?"
+_NUMBER = re.compile(rf"{_WRITTEN}(?!\w)")
+_MARKED = re.compile(rf"{_WRITTEN}(?!\d)")  # units may follow at once
+_NO_SIGN = re.compile(r"(?:^[ \t]*|(?<=[\d)])[ \t]+)[-+][ \t]+", re.MULTILINE)
 _LETTER_AFTER = re.compile(r"(?:answer|choice|option)\b\**\s*(?:(?:is|:|=)\s*)*\**\(?([A-Za-z])\b(?!')", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"\s*\**\(?([A-Z])\b(?:[).:*]|\s*$)")
 _LETTER_ANYWHERE = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
@@ -101,14 +102,20 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def number_in(text: str) -> Fraction | None:
-    r"""The number that a text answers: in `\boxed{…}`, else after `####`, else the last one in it; None without."""
+    r"""The number that a text answers: in `\boxed{…}`, else the first one after `####`, else the last one in it.
+
+    None without. Among other words, `- 5` at the start of a line, or after a number, is 5: a list's item, or what is
+    subtracted; `-5` is -5 everywhere.
+    """
     marked = final_answer(text)
-    if marked is not None:
-        number = parse_number(marked)
-        if number is not None:
-            return number
-        text = marked
-    numbers = _NUMBER.findall(text[-10_000:].replace(_MINUS, "-"))
+    alone = text if marked is None else marked
+    if len(alone) <= _MOST_CHARACTERS and (number := parse_number(alone)) is not None:
+        return number
+    if marked is not None and not boxed(text):
+        found = _MARKED.search(marked[:10_000].replace(_MINUS, "-"))
+        return parse_number(found[0]) if found else None
+    text = (text[-10_000:] if marked is None else marked[-10_000:]).replace(_MINUS, "-")
+    numbers = _NUMBER.findall(text if marked is not None else _NO_SIGN.sub(" ", text))
     return parse_number(numbers[-1]) if numbers else None
 
 

@@ -127,14 +127,15 @@ class Prompts:
             if not found or not prompts[place]:
                 raise ValueError(f"prompt {place} has no tokens.")
 
-    @staticmethod
-    def _render(tokenizer: Any, place: int, prompt: Any) -> str:
+    def _render(self, tokenizer: Any, place: int, prompt: Any) -> str:
         if isinstance(prompt, str):
             return prompt
         if not isinstance(prompt, list):
             raise TypeError(f"prompt {place} must be a text or a list of messages, got {type(prompt).__name__}.")
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(f"prompt {place} is a chat, and there is no chat template: give texts.")
+        if self.processor is not None:
+            prompt = _in_parts(place, prompt, len((self.images[place] if self.images is not None else None) or ()))
         try:
             return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # whatever a template raises
@@ -163,6 +164,30 @@ class Prompts:
         tokens = torch.tensor([[pad] * (width - len(prompt)) + [*prompt] for prompt in ids])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids])
         return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _in_parts(place: int, chat: list[Any], images: int) -> list[Any]:
+    """A chat whose contents are parts, as processors take them, and GRPO makes them.
+
+    Images without a place of their own stand before the first message of a user that is a text.
+    """
+    made, left = [], images
+    for message in chat:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            here = left if message.get("role") == "user" else 0
+            message = {**message, "content": [*[{"type": "image"}] * here, {"type": "text", "text": content}]}
+            left -= here
+        made.append(message)
+    places = sum(
+        isinstance(part, dict) and part.get("type") == "image"
+        for message in made
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+    if places != images:
+        raise ValueError(f"prompt {place} has places for {places} images, and {images} are given.")
+    return made
 
 
 def check_lengths(ids: Sequence[Sequence[int]], sampling: Sampling, limit: int | None) -> None:

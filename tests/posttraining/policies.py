@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 WORDS = ["<pad>", "<eos>", "<unk>", *map(str, range(100)), "+", "=", "right", "wrong", "####"]
-CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}= {% endif %}"
+CHAT = """{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} {% else %}
+{%- for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% else %}
+{{- '<|vision_start|> <|image_pad|> <|vision_end|> ' }}{% endif %}{% endfor %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}= {% endif %}"""
 
 
 def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -8,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from policies import is_right, llama, tokenizer
+from PIL import Image
+from policies import is_right, llama, tokenizer, vision_language
 from transformers import TrainerCallback
 from trl import GRPOConfig, SFTConfig
 
@@ -16,6 +18,7 @@ from hf_gg import GGConfig, quantize_
 from hf_gg.posttraining.continual import ContinualRunner, Task, average_accuracy, forgetting
 from hf_gg.posttraining.rewards import number_match
 from hf_gg.posttraining.rif import AllDropped, Sampling
+from hf_gg.posttraining.tasks import right
 
 
 # --- metrics, by hand ---
@@ -168,6 +171,113 @@ def test_grpo_with_filter_on_rf8_goes_on_after_kills(tmp_path):
         assert found["kept"] == sum(found["histogram"][1:4])
     assert {name.split()[0] for name in weights(tmp_path / "whole")} == {"00-20", "01-30"}
     assert not any("ref" in name for name in weights(tmp_path / "whole"))
+
+
+def test_each_row_is_right_from_its_own_threshold_on():
+    def half(completions, **_):
+        return [{"a": 0.25, "b": 0.5, "c": None, "d": math.nan}[text] for text in completions]
+
+    tasks = [Task(name, None, None, half, threshold=threshold) for name, threshold in (("x", 0.25), ("y", 0.5))]
+    found = right(tasks)(completions=[*"ababcd"], task=[0, 0, 1, 1, 0, 1])
+    assert found[:5] == [1, 1, 0, 1, None] and math.isnan(found[5])
+
+
+def pictures(name: str, blue: int) -> Task:
+    """One question of eight pictures; the answer is in their colour alone."""
+    chat = [{"role": "user", "content": f"{name} +"}]
+    images = [Image.new("RGB", (16 + 8 * (k % 2), 16), ((k % 2) * 255, 0, blue)) for k in range(8)]
+    answers = [str(k % 2 + 3) for k in range(8)]
+    data = Dataset.from_dict({"prompt": [chat] * 8, "image": images, "answer": answers, "completion": answers})
+    return Task(name, data, data, number_match)
+
+
+def test_sft_learns_from_images(tmp_path):
+    tasks = [pictures("20", 0), pictures("30", 255)]
+    words = vision_language()[1]
+
+    def run(folder, **options):
+        args = sft(max_length=None, max_steps=24)
+        return ContinualRunner(
+            lambda: vision_language()[0], words, tasks, folder, args, evaluation=EVALUATION, **options
+        ).run()
+
+    result = run(tmp_path / "a")
+    assert result.scores[0][0] == result.scores[1][1] == 1  # 0.5 without the images
+    assert run(tmp_path / "b", joint=True).scores == [[1, 1]]
+    texts = Task("text", TASKS[0].train, TASKS[0].test, number_match)
+    with pytest.raises(ValueError, match="with and without images cannot be mixed"):
+        ContinualRunner(llama, words, [tasks[0], texts], tmp_path / "c", sft(), joint=True)
+    written = tasks[0].train.remove_columns("prompt").add_column("prompt", ["<|image_pad|> 20 +"] * 8)
+    with pytest.raises(ValueError, match="20: GRPO takes prompts with images as chats only"):
+        ContinualRunner(llama, words, [Task("20", written, written, number_match)], tmp_path / "c", grpo())
+
+
+class Columns(TrainerCallback):
+    """Notes which columns the trainer has."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+        self.names |= {*train_dataloader.dataset.column_names}
+
+
+def test_grpo_with_filter_on_images_goes_on_after_kills(tmp_path):
+    sizes, columns = [], Columns()
+
+    def of_images(completions, image, **_):
+        sizes.extend(picture.size for picture in image)
+        return [float(len(text) % 2) for text in completions]
+
+    tasks = [Task(old.name, old.train, old.test, of_images) for old in (pictures("20", 0), pictures("30", 255))]
+
+    def run(folder, callbacks):
+        model, processor = vision_language()
+        return ContinualRunner(
+            lambda: copy.deepcopy(model),
+            processor,
+            tasks,
+            folder,
+            grpo(beta=0.01, max_steps=3),
+            peft_config=LoraConfig(**LORA | {"target_modules": "all-linear"}),
+            rif={"n": 4, "min_correct": 1, "max_new_tokens": 3, "batch_tokens": 150},
+            evaluation=EVALUATION,
+            callbacks=[columns, *callbacks],
+        )
+
+    compare(run, tmp_path, [2, 3])
+    # a completion that is a text makes TRL take the chats for texts, in some processes
+    assert {"prompt", "image", "answer"} <= columns.names and "completion" not in columns.names
+    assert {*sizes} == {(16, 16), (24, 16)}
+    names = weights(tmp_path / "whole")
+    assert any("visual" in name for name in names) and any("language_model" in name for name in names)
+
+
+def test_the_start_is_evaluated_once(tmp_path, monkeypatch):
+    seen = []
+    evaluate = ContinualRunner._evaluate
+    monkeypatch.setattr(ContinualRunner, "_evaluate", lambda self, model: seen.append(1) or evaluate(self, model))
+
+    def start(name, seed=0, tasks=TASKS, evaluation=EVALUATION, **options):
+        runner = ContinualRunner(
+            lambda: llama(seed),
+            tokenizer(),
+            tasks,
+            tmp_path / name,
+            sft(max_steps=1, **options),
+            evaluation=evaluation,
+            start_cache=tmp_path / "start.json",
+        )
+        del seen[:]
+        return runner.run().start, len(seen) - len(tasks)
+
+    first, count = start("a")
+    assert count == 1
+    assert start("b", learning_rate=1e-3) == (first, 0)
+    others = {"seed": 1}, {"tasks": TASKS[:1]}, {"evaluation": Sampling(n=1, temperature=0.0, max_new_tokens=3)}
+    for number, other in enumerate(others):
+        assert start(f"c{number}", **other)[1] == 1
+    assert len(json.loads((tmp_path / "start.json").read_text())) == 4
 
 
 def test_joint_training_judges_each_row_by_its_task(tmp_path):

@@ -1,3 +1,4 @@
+import re
 import time
 from fractions import Fraction
 
@@ -72,6 +73,19 @@ def test_every_fraction_is_read(number):
         ("She pays 12.\n#### 72\nnot 5", 72),
         ("#### 5 apples", 5),
         ("#### none", None),
+        ("#### 72 (in 3 hours)", 72),
+        ("#### $1,200.50 for 2", Fraction("1200.5")),
+        ("#### 1 km\n#### 72km and 3", 72),
+        ("#### - 5 and 6", -5),
+        ("#### - 5", -5),
+        (r"\boxed{- 5}", -5),
+        ("These are:\n- 5 apples", 5),
+        ("- 5", -5),
+        ("Choose:\n- 3\n- 5\n", 5),
+        ("\n  -5", -5),
+        ("it is - 5", -5),
+        ("10 - 5", 5),
+        ("10 - -5", -5),
         (r"\boxed{12} no, \boxed{\frac{1}{2}} of 9", Fraction(1, 2)),
         (r"\boxed{3", 3),  # not closed: the last number counts
         (r"\boxed{x = 4}", 4),
@@ -83,6 +97,21 @@ def test_every_fraction_is_read(number):
 )
 def test_the_number_of_an_answer(text, number):
     assert rewards.number_in(text) == number
+
+
+OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")  # of GSM8K's own evaluation
+
+
+@given(
+    st.text(alphabet="ab 12-.,\n", max_size=30),
+    st.integers(-(10**7), 10**7),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from(["", " ", " (in 3 hours)", " apples, not 5", "\n7 8", " - 4", "km", " or -3.", " = 6"]),
+)
+def test_the_number_after_the_mark_is_that_of_the_official_pattern(before, whole, cents, commas, after):
+    text = f"{before}#### {whole:{',' if commas else ''}}{f'.{cents:02}' if cents else ''}{after}"
+    assert rewards.number_in(text) == Fraction(OFFICIAL.search(text)[1].replace(",", ""))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +195,7 @@ def test_no_text_raises(text):
 
 LONG = {"9": 100_000, "1,": 50_000, "\\boxed{": 20_000, "{": 50_000, "-": 100_000, "1e": 50_000, "####": 20_000}
 LONG |= {"answer" + " " * 20_000 + "!": 1, "\\boxed" + " " * 20_000 + "x": 1, "#### " + "!" * 20_000: 1}
+LONG |= {"\n- ": 30_000, "9 " + " " * 9_000 + "x": 1, " - 5": 30_000}
 LONG |= {"\\frac{": 20_000, "A ": 50_000, "answer ": 20_000, "$ ": 50_000, "1/": 50_000, "1 /": 30_000}
 
 

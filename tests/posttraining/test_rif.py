@@ -192,14 +192,18 @@ def test_completions_end_where_the_tokenizer_or_a_stop_string_says():
     end = texts.index(texts[2]) + 1
     [(_, [[text]], tokens)] = generate(model, prompts, plan([4], sampling), sampling)
     assert text.split() == texts[:end] and tokens == end
-    words = tokenizer()
-    words.pad_token, words.eos_token = None, None  # pads with token 0
     sampling = Sampling(n=1, temperature=0, max_new_tokens=6, stop_strings=(texts[1],))
-    prompts = Prompts(words, ["1 + 2 =", "3 ="])
-    [(batch, found, tokens)] = generate(model, prompts, plan([4, 2], sampling), sampling)
-    text = " ".join(texts)
-    assert found[batch.prompts.index(0)] == [text[: text.index(texts[1]) + len(texts[1])]]
-    assert 2 <= tokens < 12
+    for ends in (True, False):
+        words = tokenizer()
+        words.add_tokens("abcdef")  # what Transformers' search for stop strings needs
+        if not ends:
+            words.pad_token, words.eos_token = None, None  # pads with token 0
+        prompts = Prompts(words, ["1 + 2 =", "3 ="])
+        [(batch, found, tokens)] = generate(model, prompts, plan([4, 2], sampling), sampling)
+        text = " ".join(texts)
+        assert found[batch.prompts.index(0)] == [text[: text.index(texts[1]) + len(texts[1])]]
+        # without an end, a text that has stopped is written on until all have
+        assert tokens == 12 if not ends else 2 <= tokens < 12
 
 
 def test_the_model_is_left_as_it_was():
@@ -364,36 +368,55 @@ def test_a_cache_with_bytes_flipped_or_cut(data):
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
-    """SIGKILL, again and again: the same result, and no instance is rolled out twice."""
+    """SIGKILL, again and again: the same result, and no instance is rolled out twice.
+
+    The processes are forks of one that has imported everything, which is what takes long.
+    """
     script = f"""
-import os, signal, sys, json
+import os, signal, sys, json, traceback
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from policies import *
 from test_rif import scripted_data, filter_by_rollouts
-torch.manual_seed(0)
-policy, generate = Scripted(8), Scripted.generate
+cache, log = sys.argv[1:]
+generate = Scripted.generate
 def killing(self, **options):
     if len(self.rows) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     made = generate(self, **options)
-    print(json.dumps([tokenizer().decode(prompt) for prompt in self.seen]), file=open(sys.argv[2], "a"))
+    print(json.dumps([tokenizer().decode(prompt) for prompt in self.seen]), file=open(log, "a"))
     self.seen.clear()
     return made
 Scripted.generate = killing
-rights = [0, 3, 8, 1, 0, 8, 7]
-report = filter_by_rollouts(policy, tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
-    batch_tokens=200, cache=sys.argv[1], show_progress=False)[1]
-print(json.dumps(report.counts))
+def work():
+    torch.manual_seed(0)
+    rights = [0, 3, 8, 1, 0, 8, 7]
+    report = filter_by_rollouts(Scripted(8), tokenizer(), scripted_data(rights), is_right, max_new_tokens=4,
+        batch_tokens=100, cache=cache, show_progress=False)[1]
+    print(json.dumps(report.counts), flush=True)
+for _ in range(4):
+    if not (child := os.fork()):
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, len(open(cache).read().split("\\n"))]), flush=True)
+    if code != -9:
+        break
 """
     cache, log = tmp_path / "cache.jsonl", tmp_path / "log"
-    for _ in range(4):
-        done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=300)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -9, done.stderr
-        assert len(cache.read_text().split("\n")) % 2 == 0  # the head, two batches a round, and the end
-    assert len(log.read_text().split("\n")) > 3 and json.loads(done.stdout) == [0, 3, 8, 1, 0, 8, 7]
+    done = subprocess.run([sys.executable, "-c", script, cache, log], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    *killed, counts, ended = map(json.loads, done.stdout.splitlines())
+    assert len(killed) == 2 and ended[0] == 0, done.stderr
+    # the head, two batches a round, and the end
+    assert killed == [[-9, 2 + 2 * number] for number in range(1, len(killed) + 1)]
+    assert counts == [0, 3, 8, 1, 0, 8, 7]
     rolled = [prompt for line in log.read_text().splitlines() for prompt in json.loads(line)]
     assert len(rolled) == len({*rolled}) == 7
 
@@ -619,3 +642,31 @@ def test_prompts_with_images():
         model, processor, data, long, n=4, min_correct=0, max_new_tokens=5, batch_tokens=150
     )
     assert len(kept) == 4 and 0 < report.accuracy < 1
+
+
+def test_chats_with_images():
+    """Images get their places as GRPO gives them: before the first text of a user."""
+    from PIL import Image
+    from trl.data_utils import prepare_multimodal_messages
+
+    _, processor = vision_language()
+    images = [Image.new("RGB", (16, 16 + 8 * k), (90 * k, 0, 0)) for k in range(3)]
+    chat = [
+        {"role": "system", "content": "7 8"},
+        {"role": "user", "content": "1 + 2"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "4 + 5"},
+    ]
+    own = [{"role": "user", "content": [{"type": "text", "text": "1 +"}, {"type": "image"}]}]
+    given = [(chat, images[:1]), (chat, images[1:]), (chat, []), (own, images[2:])]
+    prompts = Prompts(processor, [prompt for prompt, _ in given], [found for _, found in given])
+    for place, (prompt, found) in enumerate(given):
+        wanted = processor.apply_chat_template(
+            prepare_multimodal_messages(prompt, images=found), add_generation_prompt=True, tokenize=False
+        )
+        assert prompts.texts[place] == wanted and wanted.count("<|image_pad|>") == len(found)
+    assert prompts.texts[1].startswith("7 8 <|vision_start|>")
+    assert chat[1]["content"] == "1 + 2"  # as it was
+    for prompt, found, places in ((own, [], 1), (own, images, 1), (chat[:1], images[:1], 0)):
+        with pytest.raises(ValueError, match=f"prompt 0 has places for {places} images, and {len(found)} are given"):
+            Prompts(processor, [prompt], [found])
