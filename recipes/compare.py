@@ -29,6 +29,7 @@ class TableArguments:
     text: list[str] = field(default_factory=lambda: ["sotu"], metadata={"help": "texts to measure on"})
     documents: int | None = field(default=None, metadata={"help": "measure so many of the texts"})
     tokens: int | None = field(default=None, metadata={"help": "and so many tokens of each"})
+    window: int | None = field(default=None, metadata={"help": "tokens that the model reads at once"})
     out: str = field(default="runs/table", metadata={"help": "folder of the models and of table.csv"})
 
 
@@ -60,6 +61,7 @@ def table(options: TableArguments) -> Path:
                 text=options.text,
                 documents=options.documents,
                 tokens=options.tokens,
+                window=options.window,
             )
             rows.append(row(name, Path(wanted.out), publish(wanted)))
     file = Path(options.out, "table.csv")

@@ -33,6 +33,7 @@ class PublishArguments:
     text: list[str] = field(default_factory=list, metadata={"help": "texts to measure on; none if empty"})
     documents: int | None = field(default=None, metadata={"help": "measure so many of the texts"})
     tokens: int | None = field(default=None, metadata={"help": "and so many tokens of each"})
+    window: int | None = field(default=None, metadata={"help": "tokens that the model reads at once"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "tasks of lm-evaluation-harness"})
     limit: int | None = field(default=None, metadata={"help": "questions of each task"})
     repo: str = field(default="", metadata={"help": "name on the hub; nothing is pushed if empty"})
@@ -60,7 +61,7 @@ def publish(options: PublishArguments) -> dict:
         made = chosen(options, "weight_format", "target_bits", "calibrate", "coding")
         call("quantize", model, "--out", str(out), **made)
     if not evaluation.exists() and (options.text or options.tasks):
-        measured = chosen(options, "text", "documents", "tokens", "tasks", "limit")
+        measured = chosen(options, "text", "documents", "tokens", "window", "tasks", "limit")
         call("eval", str(out), "--against", model, "--output", str(evaluation), **measured)
     found = json.loads(evaluation.read_text()) if evaluation.exists() else {}
     if options.repo:

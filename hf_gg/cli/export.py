@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int | None:
     source = folders.find(args.model)
     given = quantization_of(source)
     if given is None or given.get("quant_method") != "gg":
-        raise ValueError(f"{args.model} has no weights quantized by hf_gg: quantize it first, with GGConfig.")
+        raise ValueError(f"{args.model} has no weights quantized by hf_gg: quantize it first, with `hf-gg quantize`.")
     with folders.new_folder(args.output, args.overwrite) as target:
         model = load(source).to(getattr(torch, args.dtype))
         cache = False if args.no_cache else None

@@ -31,9 +31,13 @@ DESCRIPTION = "Statistics, quantization and compression of Hugging Face models."
 
 EPILOG = """\
 examples:
-  hf-gg inspect MODEL --html report.html        which law the weights follow, what coding them would cost
-  hf-gg compress MODEL OUT --target-bits 5      entropy-coded; the stock from_pretrained("OUT") opens it
-  eval "$(hf-gg completion bash)"               complete commands and options in this shell
+  hf-gg quantize MODEL -o OUT                      RF8; the stock from_pretrained("OUT") opens it
+  hf-gg quantize MODEL -o OUT --calibrate t.txt    rounded for the least error of the outputs on a text
+  hf-gg eval OUT --against MODEL --output e.json   perplexity, KL, flips; with --tasks those of lm_eval
+  hf-gg push OUT you/NAME --evaluation e.json      published with a card of what was measured
+  hf-gg compress MODEL OUT --target-bits 5         entropy-coded, as few bits as wanted
+  hf-gg inspect MODEL --html report.html           which law the weights follow, what coding them would cost
+  eval "$(hf-gg completion bash)"                  complete commands and options in this shell
 
 MODEL is a name on the hub or a folder. `hf-gg COMMAND --help` has more examples. Results go to standard output
 (--json: as JSON), progress and errors to standard error; progress bars appear on terminals only.

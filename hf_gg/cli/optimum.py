@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from types import ModuleType
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -22,30 +21,16 @@ class _Forwarded(BaseOptimumCLICommand):
     MODULE: str
 
     @classmethod
-    def _module(cls) -> ModuleType | None:
-        try:
-            return import_module(cls.MODULE)
-        except ModuleNotFoundError as error:
-            if error.name != cls.MODULE:
-                raise
-            return None
-
-    @classmethod
     def parse_args(cls, parser: argparse.ArgumentParser) -> None:  # type: ignore[override]  # static there
-        module = cls._module()
-        if module is None:  # said when it is run
-            parser.add_argument("arguments", nargs=argparse.REMAINDER)
-            return
+        module = import_module(cls.MODULE)
         parser.description = module.__doc__
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(parser)
 
     def run(self) -> None:
-        name, module = self.COMMAND.name, self._module()
+        name = self.COMMAND.name
         try:
-            if module is None:
-                raise ImportError(f"this hf_gg has no command {name!r}: pip install -U hf-gg.")
-            code = module.run(self.args) or 0
+            code = import_module(self.MODULE).run(self.args) or 0
         except KeyboardInterrupt:
             print("optimum-cli: interrupted", file=sys.stderr)
             code = 130

@@ -84,9 +84,12 @@ def test_quantize_forwards_by_name(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "optimum-cli gg quantize: error: two lines"
 
 
-def test_a_command_that_is_not_there_says_so(monkeypatch, capsys):
-    from hf_gg.cli import optimum
-
-    monkeypatch.setattr(optimum.QuantizeCommand, "MODULE", "hf_gg.cli.not_there")
-    assert run(monkeypatch, "gg", "quantize", "a-model", "--bits", "5") == 1
-    assert "this hf_gg has no command 'quantize'" in capsys.readouterr().err
+def test_quantize_writes_a_checkpoint(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    LlamaForCausalLM(CONFIG).save_pretrained(tmp_path / "model")
+    given = [str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--weight-format", "rf8x"]
+    assert run(monkeypatch, "gg", "quantize", *given) == 0
+    assert "MB became" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.quantization_config.weight_format == "rf8x"
+    assert "gg quantize" in (tmp_path / "out" / "README.md").read_text()

@@ -49,7 +49,7 @@ def places(tmp_path):
 
 def test_publish_without_a_repository(recipes, places, capsys):
     model, texts, folder = places
-    given = ["--model", model, "--out", str(folder / "out"), "--text", texts, "--tokens", "64"]
+    given = ["--model", model, "--out", str(folder / "out"), "--text", texts, "--tokens", "64", "--window", "32"]
     found = recipes["publish"].main(given)
     assert found["texts"]["metrics"]["kl"]["value"] > 0
     shown = capsys.readouterr().out
@@ -70,7 +70,21 @@ def test_a_command_that_fails_ends_the_recipe(recipes, places, capsys):
 
 def test_table(recipes, places, capsys):
     model, texts, folder = places
-    given = ["--model", model, "--formats", "rf8", "grid:5", "--text", texts, "--tokens", "64", "--documents", "2"]
+    given = [
+        "--model",
+        model,
+        "--formats",
+        "rf8",
+        "grid:5",
+        "--text",
+        texts,
+        "--tokens",
+        "64",
+        "--window",
+        "32",
+        "--documents",
+        "2",
+    ]
     with recipes["compare"].main([*given, "--out", str(folder / "table")]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["format"] for row in rows] == ["rf8", "grid-5"]
@@ -80,7 +94,7 @@ def test_table(recipes, places, capsys):
 
 def test_calibrate(recipes, places, capsys):
     model, texts, folder = places
-    given = ["--model", model, "--text", texts, "--tokens", "64", "--out", str(folder / "table")]
+    given = ["--model", model, "--text", texts, "--tokens", "64", "--window", "32", "--out", str(folder / "table")]
     with recipes["calibrate"].main([*given, "--calibrate", texts]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["format"] for row in rows] == ["rf8", "rf8-calibrated"]
