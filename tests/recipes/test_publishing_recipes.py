@@ -43,7 +43,7 @@ def places(tmp_path):
     torch.manual_seed(0)
     tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": TEXT * (n + 3)}) + "\n" for n in range(4)))
+    texts.write_text("".join(json.dumps({"text": TEXT * (n + 30)}) + "\n" for n in range(4)))
     return str(tmp_path / "tiny"), str(texts), tmp_path
 
 
