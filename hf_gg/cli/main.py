@@ -18,6 +18,7 @@ from .. import __version__
 
 # Name: (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("hf_gg.cli.bench", "measure layers, a model and its loading against others"),
     "compress": ("hf_gg.cli.compress", "write a checkpoint of entropy-coded weights"),
     "inspect": ("hf_gg.cli.inspect", "show the statistics of a checkpoint's weights"),
 }
