@@ -104,7 +104,7 @@ def _decode(model, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 def _check(name: str, model, ids: torch.Tensor) -> float:
     """Relative error of the logits for one row and for many, against the decoded model."""
-    decoded = copy.deepcopy(model).dequantize()
+    decoded = copy.deepcopy(model).dequantize().float()
     worst = 0.0
     with torch.no_grad():
         for part in (ids, ids[:, :1]):

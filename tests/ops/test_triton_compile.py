@@ -69,8 +69,7 @@ def compile_in_process(target: str, choice: list, folder: Path) -> dict[str, dic
 def check(found: dict[str, dict], target: str) -> None:
     """What must hold of every kernel, with any release of Triton."""
     for name, facts in found.items():
-        # odd widths are loaded byte by byte, which takes more registers than there are
-        assert facts.get("spill_bytes", 0) <= (256 if name.endswith("-odd") else 0), (name, facts["spill_bytes"])
+        assert facts.get("spill_bytes", 0) == 0, (name, facts["spill_bytes"])
         if target.startswith("gfx"):
             assert facts["hsaco_bytes"] > 0, name
             continue
@@ -109,7 +108,7 @@ def test_kernels_compile(target, tmp_path):
     found = compile_in_process(target, FAST, tmp_path)
     kernels = [name.split("/")[1] for name in found]
     counts = {kernel: kernels.count(kernel) for kernel in kernels}
-    assert counts == {"dequantize": 2, "linear": 3, "grad_input": 2, "grouped": 2, "add_parts": 1}
+    assert counts == {"dequantize": 2, "linear": 3, "grad_input": 2, "grouped": 3, "add_parts": 1}
     check(found, target)
     compare(found)
 

@@ -11,7 +11,7 @@ from ...native import BuildError, Library, cache_directory, find_compiler
 __all__ = ["BuildError", "cache_directory", "find_compiler", "library_name", "load"]
 
 HEADERS = ("rf8.h",)
-SOURCES = ("rf8.c", "boxed.c", "portable.c", "avx2.c", "avx512.c")
+SOURCES = ("rf8.c", "boxed.c", "portable.c", "avx2.c", "avx512.c", "neon.c")
 # No contraction: quantization is bit for bit that of torch, which rounds every product.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 # Tried in turn: an old compiler may lack OpenMP or the newest instructions.

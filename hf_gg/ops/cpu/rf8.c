@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_AVX512_BF16 = 3 };
+enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_AVX512_BF16 = 3, ISA_NEON = 1 /* on ARM */ };
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -21,6 +21,8 @@ EXPORT int64_t hf_gg_rf8_isa(void) {
       !__builtin_cpu_supports("avx512vbmi"))
     return ISA_AVX2;
   return __builtin_cpu_supports("avx512bf16") ? ISA_AVX512_BF16 : ISA_AVX512;
+#elif defined(HF_GG_NEON)
+  return ISA_NEON; /* every 64-bit ARM has it */
 #else
   return ISA_PORTABLE;
 #endif
@@ -32,6 +34,8 @@ static const rf8_kernels *kernels_for(int64_t isa, const rf8_format *format) {
   if (isa == ISA_AVX2 && format->halves) return &rf8_avx2_halves;
   if (isa == ISA_AVX2 && format->nibbles) return &rf8_avx2;
   if (isa == ISA_AVX2 && format->integers) return &rf8_avx2_integers;
+#elif defined(HF_GG_NEON)
+  if (isa >= ISA_NEON) return &rf8_neon;
 #endif
   (void)isa, (void)format;
   return &rf8_portable;

@@ -8,6 +8,9 @@
 #if !defined(HF_GG_PORTABLE) && (defined(__x86_64__) || defined(__i386__))
 #define HF_GG_X86 1
 #endif
+#if !defined(HF_GG_PORTABLE) && defined(__aarch64__)
+#define HF_GG_NEON 1
+#endif
 
 #define RF8_MOST_STEPS 8 /* candidates of a scale search */
 
@@ -86,6 +89,9 @@ typedef struct {
 extern const rf8_kernels rf8_portable;
 #ifdef HF_GG_X86
 extern const rf8_kernels rf8_avx2, rf8_avx2_halves, rf8_avx2_integers, rf8_avx512;
+#endif
+#ifdef HF_GG_NEON
+extern const rf8_kernels rf8_neon;
 #endif
 
 /* Scales, adds the bias to, rounds and stores a tile of sums, [rows, outs]. */

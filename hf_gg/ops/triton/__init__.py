@@ -13,7 +13,7 @@ import subprocess
 import torch
 
 from ...formats import WeightFormat, get_format
-from .config import Tiles, decoding, fitted, split, tiles_for
+from .config import Tiles, decoding, fitted, narrow, split, tiles_for
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -259,6 +259,7 @@ def linear_grad_input(
         return out.to(grad.dtype)
 
     tiles = tiles_for("grad_input", rows, grad.dtype, _device_name(codes))
+    tiles = narrow(tiles) if outer % 16 else tiles
     _launch(
         kernels.grad_input_kernel,
         (_blocks(rows, tiles.m) * _blocks(outer, tiles.k),),

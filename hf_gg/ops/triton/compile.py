@@ -19,7 +19,7 @@ import torch
 
 from ...formats import FORMATS, WeightFormat, get_format
 from . import DTYPES
-from .config import Tiles, coder_tiles, decoding, tiles_for
+from .config import Tiles, coder_tiles, decoding, narrow, tiles_for
 from .sass import inner_loop, tool
 
 
@@ -88,8 +88,13 @@ def _variants(fmt: WeightFormat, dtype: torch.dtype, rows: tuple[int, ...], labe
         yield Variant("grouped_kernel", f"{label}-{count}-transposed", groups, tiles, turned)
     # odd sizes and no bias
     no_bias = {**of_linear, "bias_ptr": None, "EVEN": False}
-    yield Variant("linear_kernel", f"{label}-odd", linear, tiles_for("linear", 64, dtype), no_bias, False)
-    yield Variant("grad_input_kernel", f"{label}-odd", grad, tiles_for("grad_input", 64, dtype), of_grad, False)
+    for kernel, pointers, settings in (
+        ("linear", linear, no_bias),
+        ("grad_input", grad, of_grad),
+        ("grouped", groups, {**of_groups, "EVEN": False}),
+    ):
+        tiles = narrow(tiles_for(kernel, 64, dtype))
+        yield Variant(f"{kernel}_kernel", f"{label}-odd", pointers, tiles, settings, False)
     added = {"parts_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": pointer, "y_ptr": pointer}
     constants = {"UNSHIFT": constants["UNSHIFT"], "SPLIT": 4, "stride_scale": 1}
     yield Variant("add_parts_kernel", label, added, Tiles(1, 256, 1, 4, 1), constants)

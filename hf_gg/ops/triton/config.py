@@ -96,11 +96,19 @@ def tiles_for(kernel: str, rows: int, dtype: torch.dtype, device: str = "") -> T
 
 
 def fitted(tiles: Tiles, columns: int) -> tuple[Tiles, bool]:
-    """Tiles whose `k` divides the columns if a half or a quarter of it does, and whether it does."""
+    """Tiles whose `k` divides the columns if a half or a quarter of it does, and whether it does.
+
+    Other widths are loaded byte by byte, so that wide tiles would not fit into the registers.
+    """
     for k in (tiles.k, tiles.k // 2, tiles.k // 4):
         if k >= 32 and columns % k == 0:
             return replace(tiles, k=k), True
-    return tiles, False
+    return narrow(tiles), False
+
+
+def narrow(tiles: Tiles) -> Tiles:
+    """Tiles for codes whose rows do not begin at multiples of 16 bytes."""
+    return replace(tiles, k=32)
 
 
 def split(tiles: Tiles, blocks: int, columns: int) -> int:
