@@ -187,8 +187,10 @@ def check(name: str, made: Made, linear: nn.Linear, x: torch.Tensor) -> float:
         raise CannotRun(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     weight = linear.weight.float() if made.weight is None else made.weight
     expected = x[:: max(1, x.shape[0] // _CHECKED_ROWS)].float() @ weight.T
-    error = float((y - expected).norm() / expected.norm())
+    relative = float((y - expected).norm() / expected.norm())
     most = TOLERANCE.get(name, ROUGH) if made.weight is None else EXACT
-    if not error <= most:  # NaN is not
-        raise RuntimeError(f"{name} is wrong for x {[*x.shape]}: relative error {error:.3g}, at most {most} is right.")
-    return error
+    if not relative <= most:  # NaN is not
+        raise RuntimeError(
+            f"{name} is wrong for x {[*x.shape]}: relative error {relative:.3g}, at most {most} is right."
+        )
+    return relative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def _one(about, x, linear, ready, reasons, device, rounds, most_seconds, rate) -
         except CannotRun as error:
             reasons[name] = str(error)
             continue
-        function = waiting(lambda layer=made.layer: layer(x), device)
+        function = waiting(functools.partial(made.layer, x), device)
         start = time.perf_counter()
         with torch.no_grad():
             function()

@@ -26,12 +26,14 @@ def open_model(name: str | None, device: torch.device):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        return model.to(device).eval()  # type: ignore[arg-type]
     from ..data import smollm2_gguf
 
     file = smollm2_gguf()
     options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    return AutoModelForCausalLM.from_pretrained(file.parent, **options).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def measure(
@@ -64,8 +66,8 @@ def measure(
     ids = torch.randint(5, plain.config.vocab_size - 5, (1, prompt), device=device)
     models, errors = {"bfloat16": plain}, {"bfloat16": 0.0}
     for name in formats:
-        settings = {"weight_format": name, **({"target_bits": 6.0} if name == "grid" else {})}
-        models[name] = quantize_(copy.deepcopy(plain), GGConfig(**settings)).eval()
+        config = GGConfig(weight_format=name, target_bits=6.0 if name == "grid" else None)
+        models[name] = quantize_(copy.deepcopy(plain), config).eval()
         errors[name] = _check(name, models[name], ids[:, :64])
     works = {
         "prefill": lambda model: _prefill(model, ids),

@@ -80,24 +80,29 @@ TARGET INLINE void packed_floats(const tables *t, __m256i codes, int how, __m256
   }
 }
 
-/* Sums of a tile: some for each row, so that an addition need not wait for the one before. */
+/* Sums of a tile: one or two rows of x have four for each output, so that an addition need not wait for the one before;
+   more rows take two outputs at once. */
 #define SUMS 8
 /* Bytes by which codes are fetched ahead: what the processor does by itself ends at a page. */
 #define AHEAD 2048
 /* Outputs between two blocks of rows of x: so many codes stay in the second cache. */
 #define STRIP 32
 
-TARGET INLINE void step(const rf8_linear_job *job, const tables *t, int how, const uint8_t *codes, const float *x,
-                        int rows, int chains, __m256 sums[SUMS]) {
-  __m256 w[4];
-  packed_floats(t, load_codes(codes), how, w);
+TARGET INLINE void step(const rf8_linear_job *job, const tables *t, int how, const uint8_t *codes, int64_t code_row,
+                        const float *x, int rows, int outs, __m256 sums[SUMS]) {
+  const int chains = rows > 2 ? 1 : 4;
+#pragma GCC unroll 2
+  for (int o = 0; o < outs; o++) {
+    __m256 w[4];
+    packed_floats(t, load_codes(codes + o * code_row), how, w);
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      __m256 *sum = sums + r * chains + i % chains;
-      *sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * job->x_row + 8 * i), w[i], *sum);
-    }
+      for (int i = 0; i < 4; i++) {
+        __m256 *sum = sums + (o * rows + r) * chains + i % chains;
+        *sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * job->x_row + 8 * i), w[i], *sum);
+      }
+  }
 }
 
 TARGET INLINE float add_lanes(__m256 x) {
@@ -106,38 +111,44 @@ TARGET INLINE float add_lanes(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-/* The sums of one output for `rows` rows of x, at results[r * stride]. Outputs come one after the other: rows of codes
-   side by side were slower, up to twice where they are 4,096 bytes apart. */
-TARGET INLINE void output(const rf8_linear_job *job, const tables *t, int how, int64_t n, int64_t row, int rows,
-                          float *results, int stride) {
-  const int chains = rows > 2 ? 2 : 4;
+/* The sums of `outs` outputs for `rows` rows of x, at results[r * stride + o]. One or two rows take outputs one after the
+   other: their codes side by side were slower, up to twice where they are 4,096 bytes apart. */
+TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int how, int64_t n, int64_t row, int rows, int outs,
+                        float *results, int stride) {
+  const int chains = rows > 2 ? 1 : 4;
   const uint8_t *codes = job->codes + n * job->code_row;
   const float *x = (const float *)job->x + row * job->x_row;
   __m256 sums[SUMS];
 #pragma GCC unroll 8
-  for (int i = 0; i < rows * chains; i++) sums[i] = _mm256_setzero_ps();
+  for (int i = 0; i < rows * outs * chains; i++) sums[i] = _mm256_setzero_ps();
   int64_t k = 0;
   for (; k + 32 <= job->k; k += 32) {
-    _mm_prefetch((const char *)codes + k + AHEAD, _MM_HINT_T0);
-    step(job, t, how, codes + k, x + k, rows, chains, sums);
+#pragma GCC unroll 2
+    for (int o = 0; o < outs; o++) _mm_prefetch((const char *)codes + o * job->code_row + k + AHEAD, _MM_HINT_T0);
+    step(job, t, how, codes + k, job->code_row, x + k, rows, outs, sums);
   }
   if (k < job->k) {
-    uint8_t last[32] = {0};
-    memcpy(last, codes + k, (size_t)(job->k - k));
-    step(job, t, how, last, x + k, rows, chains, sums);
+    uint8_t last[2][32] = {{0}};
+    for (int o = 0; o < outs; o++) memcpy(last[o], codes + o * job->code_row + k, (size_t)(job->k - k));
+    step(job, t, how, last[0], 32, x + k, rows, outs, sums);
   }
+#pragma GCC unroll 2
+  for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; r++) {
-    __m256 *sum = sums + r * chains, all = _mm256_add_ps(sum[0], sum[1]);
-    if (chains > 2) all = _mm256_add_ps(all, _mm256_add_ps(sum[2], sum[3]));
-    results[r * stride] = add_lanes(all);
-  }
+    for (int r = 0; r < rows; r++) {
+      __m256 *sum = sums + (o * rows + r) * chains, all = sum[0];
+      if (chains > 1) all = _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]));
+      results[r * stride + o] = add_lanes(all);
+    }
 }
 
 TARGET INLINE void strip(const rf8_linear_job *job, const tables *t, int how, int64_t n, int outs, int64_t row,
                          int rows) {
   float results[4 * STRIP];
-  for (int o = 0; o < outs; o++) output(job, t, how, n + o, row, rows, results + o, outs);
+  int o = 0;
+  if (rows > 2)
+    for (; o + 2 <= outs; o += 2) tile(job, t, how, n + o, row, rows, 2, results + o, outs);
+  for (; o < outs; o++) tile(job, t, how, n + o, row, rows, 1, results + o, outs);
   rf8_finish(job, row, rows, n, outs, results);
 }
 

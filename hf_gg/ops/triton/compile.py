@@ -28,8 +28,10 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 # One number of rows for each set of tiles: decoding a token, some of them, a short prompt, a long one.
 _ROWS = (1, 16, 64, 4096)
 # Arguments that are multiples of 16 in real models; Triton compiles for that as it does at a launch.
-_DIVISIBLE = ("N", "K", "stride_x_m", "stride_grad_m", "stride_codes_batch", "stride_codes_n", "stride_scale_batch")
-_DIVISIBLE += ("stride_codes_g", "stride_scale_g")
+_DIVISIBLE = (
+    *("N", "K", "stride_x_m", "stride_grad_m", "stride_codes_batch", "stride_codes_n", "stride_scale_batch"),
+    *("stride_codes_g", "stride_scale_g"),
+)
 
 
 @dataclass(frozen=True)
