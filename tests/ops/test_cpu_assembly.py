@@ -1,4 +1,4 @@
-"""Instructions of the AVX2 kernel's inner loops, counted in the compiled library: what is left of a careful decoding."""
+"""Instructions of the AVX2 kernel's inner loops, counted in the compiled library."""
 
 import platform
 import re
