@@ -30,7 +30,7 @@ def test_prefill_and_decoding_of_every_format(tiny):
     assert [(row["what"], row["model"]) for row in rows] == [
         (what, name) for what in ("prefill", "decode") for name in ("bfloat16", *models.FORMATS)
     ]
-    assert all(row["tokens_s"] > 0 and row["speedup"] > 0 and row["error"] < models.MOST_ERROR for row in rows)
+    assert all(row["tokens_s"] > 0 and row["speedup"] > 0 and 0 < row["error"] < 0.05 for row in rows)
     assert rows[0]["speedup"] == 1.0
 
 
