@@ -1,4 +1,7 @@
-"""Prints the tables of docs/benchmarks.md from `results/linear.csv`, `linear_model.csv` and `linear_load.csv`."""
+"""Prints the tables of docs/benchmarks.md from what `hf-gg bench` wrote to `results/`.
+
+That is `linear.csv`, the same for many rows, `linear_many.csv`, and `linear_model.csv` and `linear_load.csv`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 def layers() -> None:
     """A table a shape: the time against bfloat16 by contender and rows, and the share of a copy for one row."""
-    rows = read("linear.csv")
+    rows = [*read("linear.csv"), *read("linear_many.csv")]
     counts = sorted({int(row["rows"]) for row in rows})
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = {(row["contender"], int(row["rows"])): row for row in rows if row["shape"] == shape}
