@@ -25,6 +25,7 @@ from pathlib import Path
 
 
 TIMEOUT = 300  # seconds for one call of the compiler
+TURNED_OFF = "turned off by HF_GG_CPU_KERNELS"
 
 _SIZE = ctypes.c_int64
 _POINTER = ctypes.c_void_p
@@ -161,7 +162,7 @@ class Lazy:
 def try_load(load: Callable[[], ctypes.CDLL]) -> tuple[ctypes.CDLL | None, str | None]:
     """The library that `load` returns, or None and the reason; `HF_GG_CPU_KERNELS=0` is one."""
     if os.environ.get("HF_GG_CPU_KERNELS", "1").strip().lower() in ("0", "false", "off", "no"):
-        return None, "turned off by HF_GG_CPU_KERNELS"
+        return None, TURNED_OFF
     try:
         return load(), None
     except BuildError as error:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("hf_gg.cli.evaluate", "measure a model, and how far it is from its base"),
     "push": ("hf_gg.cli.push", "publish a quantized checkpoint with a card of measured facts"),
     "export": ("hf_gg.cli.export", "write a quantized model as ONNX"),
+    "bench": ("hf_gg.cli.bench", "time layers, a model and its loading, beside other packages"),
     "completion": ("hf_gg.cli.completion", "print the completion script of a shell"),
 }
 

@@ -142,9 +142,13 @@ class RF8Linear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # both say w
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = ops.linear(x, self.weight, self.weight_scale, self.bias, self.format, self.backend)
+        device = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        own = self._parameters  # the attributes of a module are slow to look up, next to a small layer
+        y = ops.linear(x, own["weight"], own["weight_scale"], own["bias"], self.format, self.backend)  # type: ignore
+        if own["weight_outlier_index"] is None:
+            return y
         outliers = outliers_of(self, "weight")
         if outliers is None:
             return y

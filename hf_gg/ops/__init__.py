@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import library  # noqa: F401  (defines the operators)
+from . import few_rows, library  # noqa: F401  (library defines the operators)
 from .backends import BACKENDS, check_backend, quantize, quantize_with_outliers
 from .outliers import check_outliers, grouped_outlier_linear, outlier_linear, put_outlier_rows, put_outliers
 
@@ -52,6 +52,10 @@ def linear(
     Returns:
         [..., rows] in the dtype of `x`.
     """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = few_rows.linear(x, codes, scale, bias, format, backend)
+        if y is not None:
+            return y
     return torch.ops.hf_gg.linear(x, codes, scale, bias, format, backend)
 
 

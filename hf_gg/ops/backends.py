@@ -1,12 +1,16 @@
 """Which implementation runs an operator.
 
-`auto` takes the fastest that works for the device; a backend asked for by name fails loudly when it cannot run. A new
+`auto` takes the fastest that works for the device, and says so once where that is plain torch; a backend asked for by
+name fails loudly when it cannot run. Which kernel of a backend runs depends on the shape: few rows or many. A new
 backend is one module with `available()`, `why_not()` and its functions, and one line here.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,9 +41,13 @@ def resolve(name: str, device: torch.device) -> str:
         # for the whole process, from outside
         name = check_backend(os.environ.get("HF_GG_BACKEND", "auto"))
     if name == "auto":
-        if device.type == "cpu":
-            return "cpu" if cpu.available() else "torch"
-        return "triton" if device.type == "cuda" and triton_backend.available() else "torch"
+        wanted: Any = {"cpu": cpu, "cuda": triton_backend}.get(device.type)
+        if wanted is None:
+            return "torch"
+        if wanted.available():
+            return "cpu" if wanted is cpu else "triton"
+        _fall_back(device.type, str(wanted.why_not()))
+        return "torch"
     check_backend(name)
     if name == "cpu":
         if device.type != "cpu":
@@ -53,14 +61,45 @@ def resolve(name: str, device: torch.device) -> str:
     return name
 
 
+@functools.cache
+def _fall_back(device: str, reason: str) -> None:
+    """Warn once that plain torch runs on a kind of device; not where the user turned the kernels off."""
+    if reason != cpu.TURNED_OFF:
+        warnings.warn(
+            f"hf_gg: the fast kernels for {device} cannot run here ({reason}): plain torch takes their place, much "
+            "slower. HF_GG_BACKEND=torch silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_failed: set[str] = set()  # operators whose Triton kernel could not be compiled or launched, under `auto`
+
+
+def _on_triton(operator: str, asked: str, run: Callable, *arguments) -> torch.Tensor | None:
+    """`run(*arguments)`, or None if its kernel fails and the backend was not asked for by name."""
+    if operator in _failed:
+        return None
+    try:
+        return run(*arguments)
+    except triton_backend.KernelError as error:
+        if "triton" in (asked, os.environ.get("HF_GG_BACKEND", "auto")):
+            raise RuntimeError(f"hf_gg::{operator}: {error}") from error
+        _failed.add(operator)
+        _fall_back("this GPU", f"hf_gg::{operator}: {error}")
+        return None
+
+
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
-    backend = resolve(backend, codes.device)
+    asked, backend = backend, resolve(backend, codes.device)
     if backend == "cpu" and dtype in cpu.DTYPES:
         return cpu.dequantize(codes, scale, fmt, dtype)
     if backend == "triton" and dtype in triton_backend.DTYPES:
-        return triton_backend.dequantize(codes, scale, fmt, dtype)
+        weight = _on_triton("dequantize", asked, triton_backend.dequantize, codes, scale, fmt, dtype)
+        if weight is not None:
+            return weight
     return reference.dequantize(codes, scale, fmt, dtype)
 
 
@@ -72,14 +111,15 @@ def linear(
     fmt: WeightFormat,
     backend: str,
 ) -> torch.Tensor:
-    backend = resolve(backend, codes.device)
-    rows = x.reshape(-1, x.shape[-1])
+    asked, backend = backend, resolve(backend, codes.device)
+    rows, y = x.reshape(-1, x.shape[-1]), None
     if backend == "cpu" and x.dtype in cpu.DTYPES:
         y = cpu.linear(rows, codes, scale, bias, fmt)
     elif backend == "triton" and x.dtype in triton_backend.DTYPES:
-        y = triton_backend.linear(rows, codes, scale.expand(codes.shape[0], 1), bias, fmt)
-    else:
-        weight = dequantize(codes, scale, fmt, x.dtype, backend)
+        row_scale = scale.expand(codes.shape[0], 1)
+        y = _on_triton("linear", asked, triton_backend.linear, rows, codes, row_scale, bias, fmt)
+    if y is None:
+        weight = dequantize(codes, scale, fmt, x.dtype, asked)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     # no view, which autograd would not let anyone change in place (`y += ...`)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], codes.shape[0]))
@@ -88,13 +128,42 @@ def linear(
 def linear_grad_input(
     grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, backend: str
 ) -> torch.Tensor:
-    backend = resolve(backend, codes.device)
-    rows = grad.reshape(-1, grad.shape[-1])
+    asked, backend = backend, resolve(backend, codes.device)
+    rows, out = grad.reshape(-1, grad.shape[-1]), None
     if backend == "triton" and grad.dtype in triton_backend.DTYPES:
-        out = triton_backend.linear_grad_input(rows, codes, scale.expand(codes.shape[0], 1), fmt)
-    else:
-        out = rows @ dequantize(codes, scale, fmt, grad.dtype, backend)
+        row_scale = scale.expand(codes.shape[0], 1)
+        out = _on_triton("linear_grad_input", asked, triton_backend.linear_grad_input, rows, codes, row_scale, fmt)
+    if out is None:
+        out = rows @ dequantize(codes, scale, fmt, grad.dtype, asked)
     return torch.ops.aten._unsafe_view(out, (*grad.shape[:-1], codes.shape[1]))
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor,
+    fmt: WeightFormat,
+    transposed: bool,
+    backend: str,
+) -> torch.Tensor:
+    asked, backend = backend, resolve(backend, codes.device)
+    per_row = scale.shape[-1] == 1
+    if backend == "triton" and x.dtype in triton_backend.DTYPES:
+        arguments = (x, codes, scale, offsets, fmt, transposed)
+        y = _on_triton("grouped_linear", asked, triton_backend.grouped_linear, *arguments)
+        if y is not None:
+            return y
+    if backend == "cpu" and x.dtype in cpu.DTYPES and per_row and not transposed:
+        return cpu.grouped_linear(x, codes, scale, offsets.tolist(), fmt)
+    # rows past the last offset belong to no expert here (expert parallelism): they stay zero
+    out, start = x.new_zeros(x.shape[0], codes.shape[2 if transposed else 1]), 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            weight = dequantize(codes[expert], scale[expert], fmt, x.dtype, asked)
+            out[start:end] = x[start:end] @ (weight if transposed else weight.T)
+        start = max(start, end)
+    return out
 
 
 def quantize_with_outliers(

@@ -72,6 +72,10 @@ def _linear(x, codes, scale, bias, format, backend="auto"):
     _check_linear("linear", x, codes, scale, output=False)
     if bias is not None and tuple(bias.shape) != (codes.shape[0],):
         raise ValueError(f"hf_gg::linear: bias must have shape ({codes.shape[0]},), got {tuple(bias.shape)}.")
+    if bias is not None and (not bias.is_floating_point() or bias.device != codes.device):
+        raise TypeError(
+            f"hf_gg::linear: bias must be floating point and on {codes.device}, got {bias.dtype} on {bias.device}."
+        )
     return backends.linear(x, codes, scale, bias, get_format(format), backend)
 
 
@@ -88,23 +92,18 @@ def _grouped_linear(x, codes, scale, offsets, format, transposed=False, backend=
             f"hf_gg::grouped_linear: the input must be floating point of shape [rows, {width}], got {tuple(x.shape)} "
             f"in {x.dtype}."
         )
+    if x.device != codes.device or offsets.device != codes.device:
+        raise ValueError(
+            f"hf_gg::grouped_linear: the input is on {x.device}, the codes on {codes.device}, the offsets on "
+            f"{offsets.device}: move them together."
+        )
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"hf_gg::grouped_linear: offsets must be int32 or int64, got {offsets.dtype}.")
     if offsets.shape != codes.shape[:1]:
         raise ValueError(
             f"hf_gg::grouped_linear: offsets must hold one end a group, {codes.shape[0]}, got {tuple(offsets.shape)}."
         )
-    # rows past the last offset belong to no expert here (expert parallelism): they stay zero
-    out = x.new_zeros(x.shape[0], codes.shape[2 if transposed else 1])
-    fmt, start = get_format(format), 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            rows = x[start:end]
-            if not transposed and scale.shape[-1] == 1:
-                out[start:end] = backends.linear(rows, codes[expert], scale[expert], None, fmt, backend)
-            else:
-                weight = backends.dequantize(codes[expert], scale[expert], fmt, x.dtype, backend)
-                out[start:end] = rows @ (weight if transposed else weight.T)
-        start = max(start, end)
-    return out
+    return backends.grouped_linear(x, codes, scale, offsets, get_format(format), transposed, backend)
 
 
 for _name, _function in (

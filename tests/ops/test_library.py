@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from hf_gg import ops
 from hf_gg.formats import FORMATS, get_format
-from hf_gg.ops import backends
+from hf_gg.ops import backends, few_rows
 
 
 BACKENDS = ["torch", "cpu"]
@@ -202,9 +202,13 @@ def test_errors_name_the_operator_and_the_argument():
         ops.linear(x, codes, scale, backend="cuda")
     with pytest.raises(TypeError, match="dtype must be floating point"):
         ops.dequantize(codes, scale, dtype=torch.int32)
+    with pytest.raises(TypeError, match="hf_gg::linear: bias must be floating point and on cpu, got torch.int64"):
+        ops.linear(x, codes, scale, torch.ones(24, dtype=torch.int64))
     stacked, stacked_scale, _ = make(stack=(3,))
     with pytest.raises(ValueError, match="offsets must hold one end a group, 3"):
         ops.grouped_linear(x, stacked, stacked_scale, torch.tensor([1, 2], dtype=torch.int32))
+    with pytest.raises(TypeError, match="hf_gg::grouped_linear: offsets must be int32 or int64, got torch.float32"):
+        ops.grouped_linear(x, stacked, stacked_scale, torch.ones(3))
 
 
 def test_a_backend_asked_for_by_name_fails_loudly(monkeypatch):
@@ -218,7 +222,128 @@ def test_a_backend_asked_for_by_name_fails_loudly(monkeypatch):
     monkeypatch.setattr(backends.triton_backend, "why_not", lambda: "no device")
     with pytest.raises(RuntimeError, match="'triton' is not available: no device"):
         ops.linear(x, codes, scale, backend="triton")
-    ops.linear(x, codes, scale)
     monkeypatch.setenv("HF_GG_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="no compiler"):
         ops.linear(x, codes, scale)
+
+
+def test_auto_falls_back_once_with_one_warning(monkeypatch):
+    codes, scale, dense = make()
+    x = torch.randn(2, 40)
+    monkeypatch.setattr(backends.cpu, "available", lambda: False)
+    monkeypatch.setattr(backends.cpu, "why_not", lambda: "a reason of this test")
+    backends._fall_back.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"kernels for cpu cannot run here \(a reason of this test\): plain torch"):
+        y = ops.linear(x, codes, scale)
+    assert torch.allclose(y.double(), x.double() @ dense.T, atol=1e-5)
+    ops.linear(x, codes, scale)  # a second warning would be an error
+    monkeypatch.setattr(backends.cpu, "why_not", lambda: backends.cpu.TURNED_OFF)
+    ops.linear(x, codes, scale)  # whoever turned them off knows
+    backends._fall_back.cache_clear()
+
+
+def test_a_triton_kernel_that_does_not_compile(monkeypatch):
+    codes, scale, dense = make()
+    x, stacked = torch.randn(2, 40), make(stack=(2,))
+    offsets = torch.tensor([1, 2], dtype=torch.int32)
+
+    def broken(*arguments):
+        raise backends.triton_backend.KernelError("the Triton kernel x cannot be compiled, take backend 'torch'")
+
+    monkeypatch.setattr(backends.triton_backend, "available", lambda: True)
+    for name in ("linear", "linear_grad_input", "dequantize", "grouped_linear"):
+        monkeypatch.setattr(backends.triton_backend, name, broken)
+    calls = {
+        "linear": lambda backend: ops.linear(x, codes, scale, backend=backend),
+        "dequantize": lambda backend: ops.dequantize(codes, scale, backend=backend),
+        "linear_grad_input": lambda b: torch.ops.hf_gg.linear_grad_input(x[:, :24], codes, scale, "rf8", b),
+        "grouped_linear": lambda b: ops.grouped_linear(x, *stacked[:2], offsets, backend=b),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"hf_gg::{name}: the Triton kernel x cannot be compiled"):
+            call("triton")
+    # on `auto` it is one warning, and the right result
+    monkeypatch.setattr(backends, "resolve", lambda name, device: "triton")
+    monkeypatch.setattr(backends, "_failed", set())
+    backends._fall_back.cache_clear()
+    with pytest.warns(RuntimeWarning) as caught:
+        first = ops.linear(x, codes, scale)
+    assert [str(w.message)[:38] for w in caught] == ["hf_gg: the fast kernels for this GPU c"] * 2  # and dequantize
+    assert torch.allclose(first.double(), x.double() @ dense.T, atol=1e-5)
+    assert torch.equal(ops.linear(x, codes, scale), first)
+    backends._fall_back.cache_clear()
+
+
+# --- the short way of few rows on a CPU ---
+
+
+@pytest.fixture
+def short_way():
+    if few_rows.format_number("rf8") is None:
+        pytest.skip("no kernel is registered with PyTorch here")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_short_way_gives_what_the_long_way_gives(short_way, name, dtype):
+    for rows, columns in ((24, 40), (63, 1000), (3, 11008), (1, 1)):
+        codes, scale, _ = make(rows, columns, name)
+        for shape in ((columns,), (1, columns), (2, 3, columns), (16, columns)):
+            x = torch.randn(shape).to(dtype)
+            for bias in (None, torch.randn(rows), torch.randn(rows).to(dtype)):
+                expected = torch.ops.hf_gg.linear(x, codes, scale, bias, name, "cpu")
+                torch.full(expected.shape, torch.nan, dtype=dtype)  # what the allocator hands out next holds NaN
+                found = few_rows.linear(x, codes, scale, bias, name, "auto")
+                assert found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected)
+
+
+def test_the_short_way_declines(short_way, monkeypatch):
+    codes, scale, _ = make()
+    x = torch.randn(3, 40)
+    for arguments in (
+        (x.double(), codes, scale, None),
+        (torch.randn(17, 40), codes, scale, None),
+        (x[:0], codes, scale, None),
+        (torch.randn(40, 3).T, codes, scale, None),
+        (x, torch.zeros(40, 24, dtype=torch.uint8).T, scale, None),
+        (x[:, :39], codes, scale, None),
+        (x, codes.int(), scale, None),
+        (x, codes, scale.double(), None),
+        (x, codes, scale[:3], None),
+        (x, codes, scale, torch.ones(23)),
+        (x, codes, scale, torch.ones(24, dtype=torch.int64)),
+        (x, codes, scale, torch.ones(24, dtype=torch.float64)),
+        (x, codes.to("meta"), scale.to("meta"), None),
+    ):
+        assert few_rows.linear(*arguments, "rf8", "auto") is None
+    assert torch.ops.hf_gg.few_rows(x, codes, scale, None, 99) is None
+    assert few_rows.linear(x, codes, scale, None, "rf8", "torch") is None
+    monkeypatch.setenv("HF_GG_BACKEND", "torch")
+    assert few_rows.linear(x, codes, scale, None, "rf8", "auto") is None
+    monkeypatch.delenv("HF_GG_BACKEND")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"hf_gg::linear.*must be 40"):
+        ops.linear(x[:, 1:], codes, scale)
+
+
+def test_the_short_way_is_taken_without_gradients_only(short_way, monkeypatch):
+    codes, scale, dense = make()
+    bias, x = torch.randn(24, requires_grad=True), torch.randn(2, 40)
+    taken = []
+    real = few_rows._few_rows
+    monkeypatch.setattr(few_rows, "_few_rows", lambda *arguments: taken.append(1) or real(*arguments))
+    assert ops.linear(x, codes, scale, bias).requires_grad and not taken
+    with torch.no_grad():
+        expected = ops.linear(x, codes, scale, bias)
+        mapped = torch.func.vmap(lambda row: ops.linear(row, codes, scale, None))(x)
+    assert len(taken) == 1
+    assert torch.allclose(mapped.double(), x.double() @ dense.T, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(ops.linear(x, codes, scale, bias), expected) and len(taken) == 2
+
+
+def test_the_short_way_under_compile(short_way):
+    codes, scale, _ = make()
+    x = torch.randn(2, 40)
+    compiled = torch.compile(lambda x: ops.linear(x.sin(), codes, scale).cos(), fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), ops.linear(x.sin(), codes, scale).cos(), atol=1e-6)

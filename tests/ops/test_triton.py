@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_gg import ops
+from hf_gg.formats import get_format
 from hf_gg.ops import triton
 
 
@@ -45,6 +47,29 @@ def test_under_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_cuda_device():
     run_cases(TRITON_INTERPRET="0")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_cuda_graphs(rows):
+    weight, x = torch.randn(4, 512, 4096).cuda(), torch.zeros(rows, 4096, dtype=torch.bfloat16).cuda()
+    codes, scale = ops.quantize(weight, get_format("rf8"))
+    ends = torch.tensor([0, rows // 2, rows, rows], dtype=torch.int32).cuda()
+
+    def run():
+        one = ops.linear(x, codes[0], scale[0], backend="triton")
+        return one, ops.grouped_linear(x, codes, scale, ends, backend="triton")
+
+    with torch.no_grad():
+        run()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        x.copy_(torch.randn(rows, 4096))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, run(), strict=True))
 
 
 @needs_triton

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_gg.ops import triton
+from hf_gg.ops.triton.config import fitted, split, tiles_for
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -198,6 +199,81 @@ def test_one_scale_for_the_matrix_and_bias_in_the_dtype(dtype, device):
     check_grad(random(3, 20, dtype=dtype), codes, scale, "rf8x", device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "parts"), [(1, 4), (3, 4), (16, 2)])
+def test_columns_split_over_programs(rows, parts, dtype, device):
+    codes, scale = random_codes("rf8", 70, 2048 * parts // 4), random_scale(70, 1)
+    if dtype != torch.float32:
+        assert split(*_tiles(rows, codes, dtype), codes.shape[1]) == parts
+    check_linear(random(rows, codes.shape[1], dtype=dtype), codes, scale, random(70, seed=3), "rf8", device)
+
+
+def _tiles(rows: int, codes: torch.Tensor, dtype: torch.dtype):
+    tiles, _ = fitted(tiles_for("linear", rows, dtype), codes.shape[1])
+    return tiles, -(-codes.shape[0] // tiles.n)
+
+
+def test_a_wide_layer(device):
+    codes, scale = random_codes("rf8", 20, 11008), random_scale(20, 1)
+    check_linear(random(2, 11008, dtype=torch.bfloat16), codes, scale, None, "rf8", device)
+    check_linear(random(2, 1000, dtype=torch.bfloat16), codes[:, :1000], scale, None, "rf8", device)
+
+
+def check_grouped(x, codes, scale, ends, name, transposed, device):
+    """Run `grouped_linear` on views inside poisoned buffers, against one product a group."""
+    weight = values_by_code(name)[codes.long()] * scale.double()
+    weight = weight.mT if transposed else weight
+    expected = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64)
+    magnitude, start = expected.clone(), 0
+    for group, end in enumerate(ends):
+        expected[start:end] = x[start:end].double() @ weight[group].T
+        magnitude[start:end] = x[start:end].double().abs() @ weight[group].abs().T
+        start = max(start, end)
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    y = triton.grouped_linear(*(embedded(t, device) for t in (x, codes, scale)), offsets, name, transposed)
+    assert y.dtype == x.dtype
+    # a scale along the sum is rounded into x
+    per_k = scale.shape[1 if transposed else 2] != 1
+    step = half_ulp(x.dtype) if per_k and x.dtype != torch.float32 else 0.0
+    smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+    assert_within(y, expected, half_ulp(x.dtype) * expected.abs() + (step + SUM_ERROR) * magnitude + smallest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_k", [False, True])
+def test_grouped_linear(transposed, per_k, dtype, device):
+    for name, sizes, ends in (
+        ("rf8", (4, 63, 70), [3, 3, 40, 42]),  # an empty group
+        ("rf8x", (5, 20, 64), [0, 0, 1, 1, 33]),
+        ("rf8-e5", (1, 5, 1), [2]),
+        ("grid", (3, 33, 130), [50, 20, 90]),  # an end before the one before it
+        ("rf8", (2, 8, 8), [0, 0]),
+    ):
+        groups, outer, inner = sizes
+        codes = random_codes(name, groups, *((inner, outer) if transposed else (outer, inner)))
+        along_out = transposed == per_k
+        scale = random_scale(groups, codes.shape[1], 1) if along_out else random_scale(groups, 1, codes.shape[2])
+        check_grouped(random(ends[-1] + 3, inner, dtype=dtype), codes, scale, ends, name, transposed, device)
+
+
+def test_grouped_operands_that_do_not_fit(device):
+    codes, scale = random_codes("rf8", 2, 6, 8).to(device), torch.ones(2, 6, 1, device=device)
+    x, ends = torch.ones(3, 8, device=device), torch.tensor([1, 3], device=device)
+    refused = {
+        r"x must be \[rows, in\]": lambda: triton.grouped_linear(x[:, :7], codes, scale, ends, "rf8"),
+        "offsets must be int32 or int64": lambda: triton.grouped_linear(x, codes, scale, ends.float(), "rf8"),
+        r"offsets must be .* \[2\]": lambda: triton.grouped_linear(x, codes, scale, ends[:1], "rf8"),
+        "offsets is on meta": lambda: triton.grouped_linear(x, codes, scale, ends.to("meta"), "rf8"),
+        "scale must have shape": lambda: triton.grouped_linear(x, codes, scale[:, :5], ends, "rf8"),
+        "codes must be uint8": lambda: triton.grouped_linear(x, codes.int(), scale, ends, "rf8"),
+        "x: .*float64": lambda: triton.grouped_linear(x.double(), codes, scale, ends, "rf8"),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_transposed_operands(device):
     codes, scale = random_codes("rf8", 70, 63).to(device), random_scale(63, 1).to(device)
     x, grad = random(70, 33).to(device), random(63, 33).to(device)
@@ -214,11 +290,12 @@ def test_offsets_beyond_32_bits(device):
     # rows 1 GiB apart; on a CPU the memory between them is never touched
     far = torch.empty(2**31 + 40, dtype=torch.uint8, device=device).as_strided((3, 40), (2**30, 1)).copy_(codes)
     scale, x, grad = random_scale(3, 1).to(device), random(2, 40).to(device), random(2, 3).to(device)
-    codes = codes.to(device)
+    codes, ends = codes.to(device), torch.tensor([0, 1, 2], device=device)
     for operation in (
         lambda c: triton.dequantize(c, scale, "rf8", torch.float32),
         lambda c: triton.linear(x, c, scale, None, "rf8"),
         lambda c: triton.linear_grad_input(grad, c, scale, "rf8"),
+        lambda c: triton.grouped_linear(x, c[:, None], scale[:, None], ends, "rf8"),
     ):
         assert torch.equal(operation(far), operation(codes))
     columns, row_scale = far.T, random_scale(40, 1).to(device)

@@ -7,9 +7,22 @@ best. Nothing here is differentiable: `hf_gg.ops.library` is.
 
 from __future__ import annotations
 
-from .decode import dequantize, linear
+from ...native import TURNED_OFF
+from .decode import dequantize, grouped_linear, linear
 from .encode import QUANTIZE_SCALES, quantize
 from .runtime import DTYPES, ISAS, available, isas, why_not
 
 
-__all__ = ["DTYPES", "ISAS", "QUANTIZE_SCALES", "available", "dequantize", "isas", "linear", "quantize", "why_not"]
+__all__ = [
+    "DTYPES",
+    "ISAS",
+    "QUANTIZE_SCALES",
+    "TURNED_OFF",
+    "available",
+    "dequantize",
+    "grouped_linear",
+    "isas",
+    "linear",
+    "quantize",
+    "why_not",
+]

@@ -1,4 +1,4 @@
-/* AVX2 with FMA and F16C: values from two 16-entry byte shuffles (`nibbles`), or converted (`integers`). */
+/* AVX2 with FMA and F16C: values from two 16-entry byte shuffles (`nibbles`, `halves`), or converted (`integers`). */
 #include "rf8.h"
 
 #ifdef HF_GG_X86
@@ -6,6 +6,9 @@
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline))
+
+/* How a format is decoded, fixed when a kernel is compiled: see rf8_format. */
+enum { NIBBLES, HALVES, HALVES_RESERVED, INTEGERS };
 
 typedef struct {
   __m256i low4, high4, reserved4;
@@ -15,8 +18,8 @@ TARGET INLINE __m256i both_lanes(const uint8_t *table) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)table));
 }
 
-TARGET INLINE tables load_tables(const rf8_format *f) {
-  return (tables){both_lanes(f->low4), both_lanes(f->high4), both_lanes(f->reserved4)};
+TARGET INLINE tables load_tables(const rf8_format *f, int how) {
+  return (tables){both_lanes(f->low4), both_lanes(how == NIBBLES ? f->high4 : f->sign4), both_lanes(f->reserved4)};
 }
 
 TARGET INLINE __m256i load_codes(const uint8_t *codes) {
@@ -24,7 +27,18 @@ TARGET INLINE __m256i load_codes(const uint8_t *codes) {
 }
 
 /* 32 codes to bfloat16: per 128-bit lane, `a` holds the values of its first 8 codes, `b` those of its last 8. */
-TARGET INLINE void decode(const tables *t, __m256i codes, __m256i *a, __m256i *b) {
+TARGET INLINE void decode(const tables *t, __m256i codes, int how, __m256i *a, __m256i *b) {
+  if (how != NIBBLES) {
+    /* a shuffle takes the low nibble of an index that is not negative; `sign` gives zero for a magnitude of zero */
+    __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi8(127));
+    __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+    __m256i low = _mm256_shuffle_epi8(t->low4, magnitude);
+    __m256i high = _mm256_sign_epi8(_mm256_shuffle_epi8(t->high4, upper), magnitude);
+    if (how == HALVES_RESERVED) high = _mm256_or_si256(high, _mm256_shuffle_epi8(t->reserved4, magnitude));
+    *a = _mm256_unpacklo_epi8(low, high);
+    *b = _mm256_unpackhi_epi8(low, high);
+    return;
+  }
   const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8((char)0x80);
   __m256i residual = _mm256_and_si256(codes, nibble);
   __m256i exponent = _mm256_and_si256(_mm256_srli_epi16(codes, 3), nibble);
@@ -46,9 +60,9 @@ TARGET INLINE __m256i signed_bytes(__m256i codes) {
 /* --- linear --- */
 
 /* 32 codes to float32 in the order of the packed x: per half of a 128-bit lane, the even, then the odd ones. */
-TARGET INLINE void packed_floats(const tables *t, __m256i codes, int integers, __m256 w[4]) {
+TARGET INLINE void packed_floats(const tables *t, __m256i codes, int how, __m256 w[4]) {
   __m256i a, b;
-  if (integers) {
+  if (how == INTEGERS) {
     __m256i values = signed_bytes(codes);
     a = _mm256_unpacklo_epi8(values, values);
     b = _mm256_unpackhi_epi8(values, values);
@@ -58,7 +72,7 @@ TARGET INLINE void packed_floats(const tables *t, __m256i codes, int integers, _
     w[3] = _mm256_cvtepi32_ps(_mm256_srai_epi32(b, 24));
   } else {
     const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
-    decode(t, codes, &a, &b);
+    decode(t, codes, how, &a, &b);
     w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
     w[1] = _mm256_castsi256_ps(_mm256_and_si256(a, odd));
     w[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
@@ -66,20 +80,28 @@ TARGET INLINE void packed_floats(const tables *t, __m256i codes, int integers, _
   }
 }
 
-TARGET INLINE void step(const rf8_linear_job *job, const tables *t, int integers, const uint8_t *codes,
-                        int64_t code_row, const float *x, int rows, int outs, __m256 sums[4][4]) {
-#pragma GCC unroll 4
-  for (int n = 0; n < outs; n++) {
+/* Sums of a tile: one or two rows of x have four for each output, so that an addition need not wait for the one before;
+   more rows take two outputs at once. */
+#define SUMS 8
+/* Bytes by which codes are fetched ahead: what the processor does by itself ends at a page. */
+#define AHEAD 2048
+/* Outputs between two blocks of rows of x: so many codes stay in the second cache. */
+#define STRIP 32
+
+TARGET INLINE void step(const rf8_linear_job *job, const tables *t, int how, const uint8_t *codes, int64_t code_row,
+                        const float *x, int rows, int outs, __m256 sums[SUMS]) {
+  const int chains = rows > 2 ? 1 : 4;
+#pragma GCC unroll 2
+  for (int o = 0; o < outs; o++) {
     __m256 w[4];
-    packed_floats(t, load_codes(codes + n * code_row), integers, w);
+    packed_floats(t, load_codes(codes + o * code_row), how, w);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-      const float *at = x + r * job->x_row;
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at), w[0], sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 8), w[1], sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 16), w[2], sums[r][n]);
-      sums[r][n] = _mm256_fmadd_ps(_mm256_loadu_ps(at + 24), w[3], sums[r][n]);
-    }
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        __m256 *sum = sums + (o * rows + r) * chains + i % chains;
+        *sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * job->x_row + 8 * i), w[i], *sum);
+      }
   }
 }
 
@@ -89,51 +111,73 @@ TARGET INLINE float add_lanes(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int integers, int64_t n, int64_t row, int rows,
-                        int outs) {
+/* The sums of `outs` outputs for `rows` rows of x, at results[r * stride + o]. One or two rows take outputs one after the
+   other: their codes side by side were slower, up to twice where they are 4,096 bytes apart. */
+TARGET INLINE void tile(const rf8_linear_job *job, const tables *t, int how, int64_t n, int64_t row, int rows, int outs,
+                        float *results, int stride) {
+  const int chains = rows > 2 ? 1 : 4;
   const uint8_t *codes = job->codes + n * job->code_row;
   const float *x = (const float *)job->x + row * job->x_row;
-  __m256 sums[4][4];
-  float results[16];
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int o = 0; o < outs; o++) sums[r][o] = _mm256_setzero_ps();
+  __m256 sums[SUMS];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows * outs * chains; i++) sums[i] = _mm256_setzero_ps();
   int64_t k = 0;
-  for (; k + 32 <= job->k; k += 32) step(job, t, integers, codes + k, job->code_row, x + k, rows, outs, sums);
-  if (k < job->k) {
-    uint8_t last[4][32] = {{0}};
-    for (int o = 0; o < outs; o++) memcpy(last[o], codes + o * job->code_row + k, (size_t)(job->k - k));
-    step(job, t, integers, last[0], 32, x + k, rows, outs, sums);
+  for (; k + 32 <= job->k; k += 32) {
+#pragma GCC unroll 2
+    for (int o = 0; o < outs; o++) _mm_prefetch((const char *)codes + o * job->code_row + k + AHEAD, _MM_HINT_T0);
+    step(job, t, how, codes + k, job->code_row, x + k, rows, outs, sums);
   }
+  if (k < job->k) {
+    uint8_t last[2][32] = {{0}};
+    for (int o = 0; o < outs; o++) memcpy(last[o], codes + o * job->code_row + k, (size_t)(job->k - k));
+    step(job, t, how, last[0], 32, x + k, rows, outs, sums);
+  }
+#pragma GCC unroll 2
+  for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int o = 0; o < outs; o++) results[r * outs + o] = add_lanes(sums[r][o]);
-  rf8_finish(job, row, rows, n, outs, results);
-}
-
-TARGET INLINE void strip(const rf8_linear_job *job, const tables *t, int integers, int64_t begin, int64_t end,
-                         int64_t row, int rows, int outs) {
-  int64_t n = begin;
-  for (; n + outs <= end; n += outs) tile(job, t, integers, n, row, rows, outs);
-  for (; n < end; n++) tile(job, t, integers, n, row, rows, 1);
-}
-
-TARGET INLINE void linear(const rf8_linear_job *job, int integers, int64_t begin, int64_t end) {
-  const tables t = load_tables(job->format);
-  for (int64_t row = 0; row < job->m; row += 4) switch (job->m - row) {
-      case 1: strip(job, &t, integers, begin, end, row, 1, 4); break;
-      case 2: strip(job, &t, integers, begin, end, row, 2, 2); break;
-      case 3: strip(job, &t, integers, begin, end, row, 3, 1); break;
-      default: strip(job, &t, integers, begin, end, row, 4, 1); break;
+    for (int r = 0; r < rows; r++) {
+      __m256 *sum = sums + (o * rows + r) * chains, all = sum[0];
+      if (chains > 1) all = _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]));
+      results[r * stride + o] = add_lanes(all);
     }
 }
 
-TARGET static void linear_f32(const rf8_linear_job *job, int64_t begin, int64_t end) { linear(job, 0, begin, end); }
+TARGET INLINE void strip(const rf8_linear_job *job, const tables *t, int how, int64_t n, int outs, int64_t row,
+                         int rows) {
+  float results[4 * STRIP];
+  int o = 0;
+  if (rows > 2)
+    for (; o + 2 <= outs; o += 2) tile(job, t, how, n + o, row, rows, 2, results + o, outs);
+  for (; o < outs; o++) tile(job, t, how, n + o, row, rows, 1, results + o, outs);
+  rf8_finish(job, row, rows, n, outs, results);
+}
+
+TARGET INLINE void linear(const rf8_linear_job *job, int how, int64_t begin, int64_t end) {
+  const tables t = load_tables(job->format, how);
+  for (int64_t n = begin; n < end; n += STRIP) {
+    int outs = end - n < STRIP ? (int)(end - n) : STRIP;
+    for (int64_t row = 0; row < job->m; row += 4) switch (job->m - row) {
+        case 1: strip(job, &t, how, n, outs, row, 1); break;
+        case 2: strip(job, &t, how, n, outs, row, 2); break;
+        case 3: strip(job, &t, how, n, outs, row, 3); break;
+        default: strip(job, &t, how, n, outs, row, 4); break;
+      }
+  }
+}
+
+TARGET static void linear_nibbles(const rf8_linear_job *job, int64_t begin, int64_t end) {
+  linear(job, NIBBLES, begin, end);
+}
+
+TARGET static void linear_halves(const rf8_linear_job *job, int64_t begin, int64_t end) {
+  if (job->format->reserved)
+    linear(job, HALVES_RESERVED, begin, end);
+  else
+    linear(job, HALVES, begin, end);
+}
 
 TARGET static void linear_integers(const rf8_linear_job *job, int64_t begin, int64_t end) {
-  linear(job, 1, begin, end);
+  linear(job, INTEGERS, begin, end);
 }
 
 /* --- dequantize --- */
@@ -147,8 +191,8 @@ TARGET INLINE __m256i round_bf16(__m256 x) {
 }
 
 /* 32 codes to float32 in their natural order. */
-TARGET INLINE void ordered_floats(const tables *t, __m256i codes, int integers, __m256 w[4]) {
-  if (integers) {
+TARGET INLINE void ordered_floats(const tables *t, __m256i codes, int how, __m256 w[4]) {
+  if (how == INTEGERS) {
     __m256i values = signed_bytes(codes);
     __m128i low = _mm256_castsi256_si128(values), high = _mm256_extracti128_si256(values, 1);
     w[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
@@ -158,7 +202,7 @@ TARGET INLINE void ordered_floats(const tables *t, __m256i codes, int integers, 
   } else {
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), zero = _mm256_setzero_si256();
     __m256i a, b;
-    decode(t, _mm256_permutevar8x32_epi32(codes, order), &a, &b);
+    decode(t, _mm256_permutevar8x32_epi32(codes, order), how, &a, &b);
     w[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, a));
     w[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, a));
     w[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, b));
@@ -166,10 +210,10 @@ TARGET INLINE void ordered_floats(const tables *t, __m256i codes, int integers, 
   }
 }
 
-TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables *t, int integers, const uint8_t *codes,
+TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables *t, int how, const uint8_t *codes,
                                     const float *scale, void *out) {
   __m256 w[4], y[4];
-  ordered_floats(t, load_codes(codes), integers, w);
+  ordered_floats(t, load_codes(codes), how, w);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     __m256 s = job->scale_column ? _mm256_loadu_ps(scale + 8 * i) : _mm256_set1_ps(*scale);
@@ -190,8 +234,8 @@ TARGET INLINE void dequantize_block(const rf8_dequantize_job *job, const tables 
   }
 }
 
-TARGET INLINE void dequantize_rows(const rf8_dequantize_job *job, int integers, int64_t begin, int64_t end) {
-  const tables t = load_tables(job->format);
+TARGET INLINE void dequantize_rows(const rf8_dequantize_job *job, int how, int64_t begin, int64_t end) {
+  const tables t = load_tables(job->format, how);
   int64_t size = rf8_size(job->dtype);
   for (int64_t r = begin; r < end; r++) {
     const uint8_t *codes = job->codes + r * job->code_row;
@@ -199,18 +243,22 @@ TARGET INLINE void dequantize_rows(const rf8_dequantize_job *job, int integers, 
     char *out = (char *)job->out + r * job->columns * size;
     int64_t i = 0;
     for (; i + 32 <= job->columns; i += 32)
-      dequantize_block(job, &t, integers, codes + i, scale + i * job->scale_column, out + i * size);
+      dequantize_block(job, &t, how, codes + i, scale + i * job->scale_column, out + i * size);
     for (; i < job->columns; i++)
       rf8_store(out, job->dtype, i, job->format->value[codes[i]] * scale[i * job->scale_column]);
   }
 }
 
-TARGET static void dequantize(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
-  dequantize_rows(job, 0, begin, end);
+TARGET static void dequantize_nibbles(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
+  dequantize_rows(job, NIBBLES, begin, end);
+}
+
+TARGET static void dequantize_halves(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
+  dequantize_rows(job, HALVES_RESERVED, begin, end);
 }
 
 TARGET static void dequantize_integers(const rf8_dequantize_job *job, int64_t begin, int64_t end) {
-  dequantize_rows(job, 1, begin, end);
+  dequantize_rows(job, INTEGERS, begin, end);
 }
 
 /* --- quantize --- */
@@ -331,9 +379,19 @@ TARGET static void encode(const rf8_format *f, const void *w, int32_t dtype, int
 
 const rf8_kernels rf8_avx2 = {
     .lanes = 2,
-    .linear_f32 = linear_f32,
+    .linear_f32 = linear_nibbles,
     .linear_bf16 = NULL,
-    .dequantize = dequantize,
+    .dequantize = dequantize_nibbles,
+    .magnitudes = magnitudes,
+    .errors = errors,
+    .encode = encode,
+};
+
+const rf8_kernels rf8_avx2_halves = {
+    .lanes = 2,
+    .linear_f32 = linear_halves,
+    .linear_bf16 = NULL,
+    .dequantize = dequantize_halves,
     .magnitudes = magnitudes,
     .errors = errors,
     .encode = encode,

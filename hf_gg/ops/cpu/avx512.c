@@ -32,6 +32,7 @@ TARGET INLINE __mmask64 tail_mask(int64_t count) { return count >= 64 ? ~0ULL : 
 
 #define MAX_ROWS 8
 #define MAX_OUTS 4
+#define AHEAD 2048 /* bytes by which codes are fetched ahead: what the processor does by itself ends at a page */
 
 TARGET_BF16 INLINE void step_bf16(const rf8_linear_job *job, const tables *t, const uint8_t *codes, const uint16_t *x,
                                   __mmask64 mask, int rows, int outs, __m512 sums[MAX_ROWS][MAX_OUTS]) {
@@ -78,8 +79,11 @@ TARGET INLINE void step_f32(const rf8_linear_job *job, const tables *t, const ui
     float results[MAX_ROWS * MAX_OUTS]; \
     _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) \
         _Pragma("GCC unroll 8") for (int o = 0; o < outs; o++) sums[r][o] = _mm512_setzero_ps(); \
-    for (int64_t k = 0; k < job->k; k += 64) \
+    for (int64_t k = 0; k < job->k; k += 64) { \
+      _Pragma("GCC unroll 8") for (int o = 0; o < outs; o++) \
+          _mm_prefetch((const char *)codes + o * job->code_row + k + AHEAD, _MM_HINT_T0); \
       step_##NAME(job, t, codes + k, x + k, tail_mask(job->k - k), rows, outs, sums); \
+    } \
     _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) \
         _Pragma("GCC unroll 8") for (int o = 0; o < outs; o++) results[r * outs + o] = \
             _mm512_reduce_add_ps(sums[r][o]); \

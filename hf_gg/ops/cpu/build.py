@@ -11,18 +11,21 @@ from ...native import BuildError, Library, cache_directory, find_compiler
 __all__ = ["BuildError", "cache_directory", "find_compiler", "library_name", "load"]
 
 HEADERS = ("rf8.h",)
-SOURCES = ("rf8.c", "portable.c", "avx2.c", "avx512.c")
+SOURCES = ("rf8.c", "boxed.c", "portable.c", "avx2.c", "avx512.c", "neon.c")
 # No contraction: quantization is bit for bit that of torch, which rounds every product.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 # Tried in turn: an old compiler may lack OpenMP or the newest instructions.
 VARIANTS = (("-fopenmp",), (), ("-fopenmp", "-DHF_GG_PORTABLE"), ("-DHF_GG_PORTABLE",))
 
-# Of the functions in rf8.c, as `hf_gg.native.Library` takes them.
+# Of the functions in rf8.c and boxed.c, as `hf_gg.native.Library` takes them.
 _SIGNATURES = {
     "hf_gg_rf8_isa": ("n", ""),
     "hf_gg_rf8_format_size": ("n", ""),
     "hf_gg_rf8_format_init": ("n", "pppn"),
     "hf_gg_rf8_linear": ("n", "pnnpnnpnpnpnpnnnn"),
+    "hf_gg_rf8_grouped": ("n", "pnnpnnpnnpnnpnpnpnnnn"),
+    "hf_gg_rf8_register": ("n", "ppnnn"),
+    "hf_gg_rf8_register_format": ("n", "p"),
     "hf_gg_rf8_dequantize": ("", "pnnpnpnnnpnnnn"),
     "hf_gg_rf8_quantize": ("n", "pnnnpnnnnpnpnpp"),
 }

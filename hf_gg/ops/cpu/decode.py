@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -28,7 +29,7 @@ def linear(
     """`x @ (decode(codes) * scale).T + bias`, summed in float32.
 
     Up to 16 rows of x are multiplied by weights decoded in registers. For more, blocks of the weight are decoded into
-    the cache, rounded to the dtype of `x` (float32 for float16), and multiplied by torch.
+    the cache, rounded to the dtype in which torch multiplies fastest here (that of `x`, or float32), and multiplied.
 
     Args:
         x: float32, bfloat16 or float16 [..., in].
@@ -60,13 +61,14 @@ def linear(
         bias = (bias if bias.dtype in DTYPE_CODES else bias.float()).contiguous()
     m = x.shape[:-1].numel()
     rows = with_rows(x if x.ndim == 2 else x.reshape(m, k))
-    if x.dtype == torch.float16:
-        rows = rows.float()
     codes, scale = with_rows(codes), scale.float()
-    y = torch.empty(m, n, dtype=rows.dtype)
     if m > FEW_ROWS and n and k:
-        _linear_blocks(rows, codes, scale, bias, y, tables, isa_number)
-    elif m and n:
+        if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not _fast_bfloat16()):
+            rows = rows.float()
+        y = _linear_blocks(rows, codes, scale, bias, tables, isa_number).to(x.dtype)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+    y = torch.empty(m, n, dtype=x.dtype)
+    if m and n:
         failed = library().hf_gg_rf8_linear(
             tables,
             isa_number,
@@ -88,9 +90,78 @@ def linear(
         )
         if failed:
             raise MemoryError(f"no memory for a copy of x, shape {[*x.shape]}.")
-    if y.dtype != x.dtype:
-        y = y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+
+
+def grouped_linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, ends: list[int], format: str | WeightFormat = "rf8"
+) -> torch.Tensor:
+    """`linear` of each group of rows with its own codes; groups of few rows in one call.
+
+    Args:
+        x: float32, bfloat16 or float16 [rows, in], sorted by group.
+        codes: uint8 [groups, out, in].
+        scale: float32 [groups, out, 1] or [groups, 1, 1].
+        ends: the row at which each group ends. Rows past the last one give zeros.
+        format: of the codes.
+
+    Returns:
+        [rows, out] in the dtype of `x`.
+
+    Raises:
+        TypeError: an argument of another dtype. ValueError: of another shape, or not on the CPU.
+    """
+    check_dtype("x", x, DTYPES)
+    check_dtype("codes", codes, (torch.uint8,))
+    check_dtype("scale", scale, (torch.float32,))
+    n, k = codes.shape[-2:]
+    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != k or len(ends) != codes.shape[0]:
+        raise ValueError(
+            f"grouped_linear needs x [rows, in], codes [groups, out, in] and an end for each group, got {[*x.shape]}, "
+            f"{[*codes.shape]} and {len(ends)} ends."
+        )
+    if scale.shape not in ((codes.shape[0], n, 1), (codes.shape[0], 1, 1)):
+        raise ValueError(f"scale must have shape {[codes.shape[0], n, 1]} or with one row, got {[*scale.shape]}.")
+    if any(not 0 <= end <= x.shape[0] for end in ends):
+        raise ValueError(f"ends must lie in 0 to {x.shape[0]}, the rows of x, got {ends}.")
+    y, groups, start = x.new_zeros(x.shape[0], n), [], 0
+    for group, end in enumerate(ends):
+        if end > start:
+            groups.append((group, start, end))
+            start = end
+    if not n or not k or not groups:
+        return y
+    if any(end - start > FEW_ROWS for _, start, end in groups) or codes.stride(2) != 1:
+        for group, start, end in groups:
+            y[start:end] = linear(x[start:end], codes[group], scale[group], None, format)
+        return y
+    rows = with_rows(x)
+    failed = library().hf_gg_rf8_grouped(
+        format_tables(get_format(format)),
+        isa_code(None),
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        rows.stride(0),
+        DTYPE_CODES[x.dtype],
+        codes.data_ptr(),
+        codes.stride(0),
+        codes.stride(1),
+        scale.data_ptr(),
+        scale.stride(0),
+        scale.stride(1) if scale.shape[1] > 1 else 0,
+        None,
+        0,
+        y.data_ptr(),
+        n,
+        (ctypes.c_int64 * (3 * len(groups)))(*(number for group in groups for number in group)),
+        len(groups),
+        start,
+        n,
+        k,
+    )
+    if failed:
+        raise MemoryError(f"no memory for a copy of x, shape {[*x.shape]}.")
+    return y
 
 
 def dequantize(
@@ -140,20 +211,31 @@ def _linear_blocks(
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    y: torch.Tensor,
     tables: ctypes.Array,
     isa: int,
-) -> None:
+) -> torch.Tensor:
     """`linear` for many rows: decode the weights of some outputs, multiply, and so on."""
     n, k = codes.shape
     scale = scale.expand(n, 1)
+    bias = None if bias is None else bias.to(x.dtype)
     height = min(n, max(64, BLOCK_BYTES // (k * x.itemsize)))
     block = torch.empty(height, k, dtype=x.dtype)
+    if height == n:
+        _decode(codes, scale, block, tables, isa)
+        return torch.nn.functional.linear(x, block, bias)
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
     for start in range(0, n, height):
         part = slice(start, min(start + height, n))
         weight = block[: part.stop - start]
         _decode(codes[part], scale[part], weight, tables, isa)
-        y[:, part] = torch.nn.functional.linear(x, weight, None if bias is None else bias[part].to(x.dtype))
+        y[:, part] = torch.nn.functional.linear(x, weight, None if bias is None else bias[part])
+    return y
+
+
+@functools.cache
+def _fast_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 matrices faster than float32 ones here: not without AVX-512 or the like."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, tables: ctypes.Array, isa: int) -> None:

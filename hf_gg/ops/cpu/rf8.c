@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_AVX512_BF16 = 3 };
+enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_AVX512_BF16 = 3, ISA_NEON = 1 /* on ARM */ };
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -21,6 +21,8 @@ EXPORT int64_t hf_gg_rf8_isa(void) {
       !__builtin_cpu_supports("avx512vbmi"))
     return ISA_AVX2;
   return __builtin_cpu_supports("avx512bf16") ? ISA_AVX512_BF16 : ISA_AVX512;
+#elif defined(HF_GG_NEON)
+  return ISA_NEON; /* every 64-bit ARM has it */
 #else
   return ISA_PORTABLE;
 #endif
@@ -29,8 +31,11 @@ EXPORT int64_t hf_gg_rf8_isa(void) {
 static const rf8_kernels *kernels_for(int64_t isa, const rf8_format *format) {
 #ifdef HF_GG_X86
   if (isa >= ISA_AVX512) return &rf8_avx512;
+  if (isa == ISA_AVX2 && format->halves) return &rf8_avx2_halves;
   if (isa == ISA_AVX2 && format->nibbles) return &rf8_avx2;
   if (isa == ISA_AVX2 && format->integers) return &rf8_avx2_integers;
+#elif defined(HF_GG_NEON)
+  if (isa >= ISA_NEON) return &rf8_neon;
 #endif
   (void)isa, (void)format;
   return &rf8_portable;
@@ -121,6 +126,18 @@ static int32_t find_nibbles(rf8_format *f) {
   return 1;
 }
 
+/* Whether c & 15 and c >> 4 do, the sign included; after find_nibbles, whose low4 gets the low byte of a NaN. */
+static int32_t find_halves(rf8_format *f) {
+  if (!f->nibbles || f->low4[0]) return 0;
+  for (int i = 0; i < 16; i++)
+    if (f->reserved4[i]) f->low4[i] = 0xc0;
+  for (int c = 1; c < 128; c++)
+    if (f->value[c] == f->value[c]) f->sign4[c >> 4] = f->high[c], f->sign4[8 + (c >> 4)] = f->high[c] | 0x80;
+  for (int c = 1; c < 128; c++)
+    if (f->value[c] == f->value[c] && f->sign4[c >> 4] != f->high[c]) return 0;
+  return 1;
+}
+
 EXPORT int64_t hf_gg_rf8_format_size(void) { return (int64_t)sizeof(rf8_format); }
 
 /* Fills `out` from 256 values and the nearest codes of positive numbers. Returns 1 if the kernels cannot serve it. */
@@ -139,28 +156,46 @@ EXPORT int64_t hf_gg_rf8_format_init(void *out, const float *values, const uint8
     if (!reserved && (bits & 0x8000ffff || (c > 0 && negative != (bits | 0x80000000)))) return 1;
     f->low[c] = (uint8_t)(reserved ? 0xc0 : bits >> 16);
     f->high[c] = (uint8_t)(reserved ? 0x7f : bits >> 24);
+    f->reserved |= reserved;
     if (!reserved && values[c] > f->largest) f->largest = values[c];
   }
   for (int i = 0; i < 8192; i++) f->rounded[i] = values[nearest[i]];
   if (nearest[8191] != 0) return 1;
   f->nibbles = find_nibbles(f);
+  f->halves = find_halves(f);
   f->octaves = find_octaves(f);
   return 0;
 }
 
 /* --- linear --- */
 
+static inline __attribute__((always_inline)) void scatter(const float *part, int lanes, float *out) {
+#pragma GCC unroll 4
+  for (int lane = 0; lane < lanes; lane++)
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) /* a lane's two halves; in each the even, then the odd elements */
+      out[(i / 8 * 2 + i % 2) * 4 * lanes + lane * 4 + i % 8 / 2] = part[lane * 16 + i];
+}
+
 /* Packs a row, padded with zeros, into the order in which vectors of `lanes` 128-bit lanes decode their codes. */
 static void pack_f32(const void *x, int32_t dtype, int64_t k, int lanes, float *out) {
   int64_t block = lanes ? 16 * lanes : 64;
   for (int64_t start = 0; start < k; start += block, out += block) {
-    float part[64] = {0};
+    float part[64];
     int64_t count = k - start < block ? k - start : block;
-    for (int64_t i = 0; i < count; i++) part[i] = rf8_load(x, dtype, start + i);
-    if (!lanes) memcpy(out, part, sizeof part);
-    for (int lane = 0; lane < lanes; lane++)
-      for (int i = 0; i < 16; i++) /* a lane's two halves; in each the even, then the odd elements */
-        out[(i / 8 * 2 + i % 2) * 4 * lanes + lane * 4 + i % 8 / 2] = part[lane * 16 + i];
+    if (dtype == DTYPE_F32)
+      memcpy(part, (const float *)x + start, (size_t)count * 4);
+    else if (dtype == DTYPE_BF16)
+      for (int64_t i = 0; i < count; i++) part[i] = rf8_from_bf16(((const uint16_t *)x)[start + i]);
+    else
+      for (int64_t i = 0; i < count; i++) part[i] = rf8_from_f16(((const uint16_t *)x)[start + i]);
+    for (int64_t i = count; i < block; i++) part[i] = 0.0f;
+    if (lanes == 2)
+      scatter(part, 2, out);
+    else if (lanes == 4)
+      scatter(part, 4, out);
+    else
+      memcpy(out, part, sizeof part);
   }
 }
 
@@ -184,18 +219,32 @@ void rf8_finish(const rf8_linear_job *job, int64_t row, int rows, int64_t n, int
 }
 
 typedef struct {
-  rf8_linear_job job;
+  rf8_linear_job job; /* of the whole x; a group's own differs by its rows and its weight */
   void (*run)(const rf8_linear_job *, int64_t, int64_t);
   const char *x;
-  int64_t x_row;
+  int64_t x_row, n;
   int32_t x_dtype, bf16;
   int lanes;
   void *packed;
+  const int64_t *groups; /* for each: its number, its first row, its last but one */
+  int64_t codes_group, scale_group;
 } linear_context;
 
+/* Outputs [begin, end) of the groups, one group's n after the other's. */
 static void linear_part(void *context, int64_t begin, int64_t end) {
-  linear_context *c = context;
-  c->run(&c->job, begin, end);
+  const linear_context *c = context;
+  while (begin < end) {
+    const int64_t *group = c->groups + begin / c->n * 3;
+    int64_t first = begin % c->n, last = end - begin < c->n - first ? first + end - begin : c->n;
+    rf8_linear_job job = c->job;
+    job.m = group[2] - group[1];
+    job.x = (const char *)job.x + group[1] * job.x_row * (c->bf16 ? 2 : 4);
+    job.codes += group[0] * c->codes_group;
+    job.scale += group[0] * c->scale_group;
+    job.y = (char *)job.y + group[1] * job.y_row * rf8_size(job.y_dtype);
+    c->run(&job, first, last);
+    begin += last - first;
+  }
 }
 
 static void pack_part(void *context, int64_t begin, int64_t end) {
@@ -209,11 +258,14 @@ static void pack_part(void *context, int64_t begin, int64_t end) {
   }
 }
 
-/* y[m, n] = x[m, k] · (decode(codes[n, k]) · scale[n])ᵀ + bias[n], y like x. Returns 1 without memory. */
-EXPORT int64_t hf_gg_rf8_linear(const void *format, int64_t isa, int64_t threads, const void *x, int64_t x_row,
-                                int64_t x_dtype, const uint8_t *codes, int64_t code_row, const float *scale,
-                                int64_t scale_row, const void *bias, int64_t bias_dtype, void *y, int64_t y_row,
-                                int64_t m, int64_t n, int64_t k) {
+/* y[r, n] = x[r, k] · (decode(codes[g, n, k]) · scale[g, n])ᵀ + bias[n] for the rows r of each of `count` groups, y like
+   x; `groups` holds three numbers a group: g, its first row, the row after its last. m rows in all. Returns 1 without
+   memory. */
+EXPORT int64_t hf_gg_rf8_grouped(const void *format, int64_t isa, int64_t threads, const void *x, int64_t x_row,
+                                 int64_t x_dtype, const uint8_t *codes, int64_t codes_group, int64_t code_row,
+                                 const float *scale, int64_t scale_group, int64_t scale_row, const void *bias,
+                                 int64_t bias_dtype, void *y, int64_t y_row, const int64_t *groups, int64_t count,
+                                 int64_t m, int64_t n, int64_t k) {
   const rf8_kernels *kernels = kernels_for(isa, format);
   int32_t bf16 = x_dtype == DTYPE_BF16 && isa >= ISA_AVX512_BF16 && kernels->linear_bf16;
   int64_t padded = (k + 63) / 64 * 64;
@@ -222,10 +274,14 @@ EXPORT int64_t hf_gg_rf8_linear(const void *format, int64_t isa, int64_t threads
   linear_context c = {.run = bf16 ? kernels->linear_bf16 : kernels->linear_f32,
                       .x = x,
                       .x_row = x_row,
+                      .n = n,
                       .x_dtype = (int32_t)x_dtype,
                       .bf16 = bf16,
                       .lanes = kernels->lanes,
-                      .packed = packed};
+                      .packed = packed,
+                      .groups = groups,
+                      .codes_group = codes_group,
+                      .scale_group = scale_group};
   c.job = (rf8_linear_job){.format = format,
                            .x = packed,
                            .x_row = padded,
@@ -238,13 +294,24 @@ EXPORT int64_t hf_gg_rf8_linear(const void *format, int64_t isa, int64_t threads
                            .y_dtype = (int32_t)x_dtype,
                            .y = y,
                            .y_row = y_row,
-                           .m = m,
                            .k = k};
+  int64_t products = 0;
+  for (int64_t g = 0; g < count; g++) products += (groups[3 * g + 2] - groups[3 * g + 1]) * n * k;
   parallel(m, 1, m * k > 32768 ? threads : 1, pack_part, &c);
   /* waking the threads costs some microseconds, as much as 100,000 weights */
-  parallel(n, 8, m * n * k > 131072 ? threads : 1, linear_part, &c);
+  parallel(count * n, 8, products > 131072 ? threads : 1, linear_part, &c);
   free(packed);
   return 0;
+}
+
+/* The same for one group of all rows. */
+EXPORT int64_t hf_gg_rf8_linear(const void *format, int64_t isa, int64_t threads, const void *x, int64_t x_row,
+                                int64_t x_dtype, const uint8_t *codes, int64_t code_row, const float *scale,
+                                int64_t scale_row, const void *bias, int64_t bias_dtype, void *y, int64_t y_row,
+                                int64_t m, int64_t n, int64_t k) {
+  const int64_t all[3] = {0, 0, m};
+  return hf_gg_rf8_grouped(format, isa, threads, x, x_row, x_dtype, codes, 0, code_row, scale, 0, scale_row, bias,
+                           bias_dtype, y, y_row, all, 1, m, n, k);
 }
 
 /* --- dequantize --- */

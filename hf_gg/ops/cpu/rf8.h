@@ -8,6 +8,9 @@
 #if !defined(HF_GG_PORTABLE) && (defined(__x86_64__) || defined(__i386__))
 #define HF_GG_X86 1
 #endif
+#if !defined(HF_GG_PORTABLE) && defined(__aarch64__)
+#define HF_GG_NEON 1
+#endif
 
 #define RF8_MOST_STEPS 8 /* candidates of a scale search */
 
@@ -31,9 +34,10 @@ typedef struct {
 
   uint8_t low[128], high[128]; /* bytes of the bfloat16 magnitudes */
 
-  /* The same from two nibbles, if `nibbles`: low4[c & 15] and high4[c >> 3 & 15]; zero and reserved codes apart. */
-  uint8_t low4[16], high4[16], reserved4[16];
-  int32_t nibbles;
+  /* The same from two nibbles, if `nibbles`: low4[c & 15] and high4[c >> 3 & 15]; zero and reserved codes apart.
+     If `halves`, the upper byte with its sign is sign4[c >> 4], and low4 is right for zero and reserved codes, too. */
+  uint8_t low4[16], high4[16], reserved4[16], sign4[16];
+  int32_t nibbles, halves, reserved;
   int32_t integers; /* the value of c < 128 is c */
 
   /* The same rounding in every octave, if `octaves`: see find_octaves in rf8.c. */
@@ -84,7 +88,10 @@ typedef struct {
 
 extern const rf8_kernels rf8_portable;
 #ifdef HF_GG_X86
-extern const rf8_kernels rf8_avx2, rf8_avx2_integers, rf8_avx512;
+extern const rf8_kernels rf8_avx2, rf8_avx2_halves, rf8_avx2_integers, rf8_avx512;
+#endif
+#ifdef HF_GG_NEON
+extern const rf8_kernels rf8_neon;
 #endif
 
 /* Scales, adds the bias to, rounds and stores a tile of sums, [rows, outs]. */

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 
 import torch
 
@@ -15,7 +16,9 @@ from .build import load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16")  # each includes those before it
+# Each includes those before it.
+_ISAS_ARM, _ISAS_X86 = ("portable", "neon"), ("portable", "avx2", "avx512", "avx512-bf16")
+ISAS = _ISAS_ARM if platform.machine().lower() in ("aarch64", "arm64") else _ISAS_X86
 
 _LAZY = Lazy(load, "the CPU kernels are")
 available, why_not, library = _LAZY.available, _LAZY.why_not, _LAZY.get

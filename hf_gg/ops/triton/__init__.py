@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
 
 import torch
 
 from ...formats import WeightFormat, get_format
-from .config import Tiles, decoding, dequantize_tiles, grad_tiles, linear_tiles
+from .config import Tiles, decoding, fitted, narrow, split, tiles_for
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
+# Rows from which decoding once and the library's product are taken instead of a kernel that decodes in every tile.
+DENSE_ROWS = 2048
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled or launched on this device; the message names it and says what is supported."""
 
 
 def available() -> bool:
@@ -75,12 +82,12 @@ def dequantize(
 
     codes = codes.reshape(-1, rows, columns)
     scale = scale.reshape(-1, scale.shape[-2] * scale.shape[-1])
-    tiles = dequantize_tiles()
+    tiles = tiles_for("dequantize", rows, dtype, _device_name(codes))
     constants = decoding(fmt, torch.float32)
-    del constants["UNSHIFT"]
+    del constants["UNSHIFT"], constants["PTX"]
     _launch(
         kernels.dequantize_kernel,
-        codes.shape[0] * _blocks(rows, tiles.n) * _blocks(columns, tiles.k),
+        (codes.shape[0] * _blocks(rows, tiles.n) * _blocks(columns, tiles.k),),
         tiles,
         (codes, scale, out, rows, columns, *codes.stride(), *scale.stride()),
         SCALE_PER_COLUMN=per_column,
@@ -127,17 +134,98 @@ def linear(
     if y.numel() == 0:
         return y.to(x.dtype)
 
-    tiles = linear_tiles(rows, x.dtype)
+    if rows >= DENSE_ROWS and not kernels.INTERPRETED and x.dtype != torch.float32:
+        # so many rows pay for decoding once, and then nothing beats the library's product
+        weight = dequantize(codes, scale, fmt, x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    tiles, even = fitted(tiles_for("linear", rows, x.dtype, _device_name(codes)), inner)
+    blocks = _blocks(rows, tiles.m) * _blocks(outer, tiles.n)
+    parts = split(tiles, blocks, inner)
+    target = y if parts == 1 else torch.empty((parts, rows, outer), dtype=torch.float32, device=x.device)
+    constants = decoding(fmt, x.dtype, packed=_takes_ptx(kernels))
     _launch(
         kernels.linear_kernel,
-        _blocks(rows, tiles.m) * _blocks(outer, tiles.n),
+        (blocks, parts),
         tiles,
-        (x, codes, scale, bias, y, rows, outer, inner, *x.stride(), *codes.stride(), scale.stride(0)),
+        (x, codes, scale, bias, target, rows, outer, inner, *x.stride(), *codes.stride(), scale.stride(0)),
         UPCAST=_upcast(kernels, x.dtype),
+        EVEN=even,
+        SPLIT=parts,
         BLOCK_M=tiles.m,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
-        **decoding(fmt, x.dtype),
+        **constants,
+    )
+    if parts > 1:
+        _launch(
+            kernels.add_parts_kernel,
+            (_blocks(outer, 256), rows),
+            Tiles(1, 256, 1, 4, 1),
+            (target, scale, bias, y, rows, outer, scale.stride(0)),
+            UNSHIFT=constants["UNSHIFT"],
+            SPLIT=parts,
+            BLOCK_N=256,
+        )
+    return y.to(x.dtype)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor,
+    format: str | WeightFormat,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`linear` of each group of rows with its own codes, in one launch; nothing is read back by the host.
+
+    Args:
+        x: float32, bfloat16 or float16 [rows, in], sorted by group, any strides.
+        codes: uint8 [groups, out, in], or [groups, in, out] if `transposed`.
+        scale: float32 [groups, a, 1] or [groups, 1, b], a and b as in the codes or 1.
+        offsets: int32 or int64 [groups], the row at which each group ends. Rows past the last one give zeros.
+        format: a weight format or its name.
+        transposed: orientation of the codes.
+
+    Returns:
+        Contiguous [rows, out] in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, an unknown format.
+    """
+    fmt = get_format(format)
+    _check_codes(codes)
+    _check_dtype("x", x.dtype)
+    _check_same_device(codes, x=x, scale=scale, offsets=offsets)
+    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != codes.shape[1 if transposed else 2]:
+        raise ValueError(f"x must be [rows, in] and codes [groups, out, in], got {[*x.shape]} and {[*codes.shape]}.")
+    if offsets.shape != codes.shape[:1] or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offsets must be int32 or int64 [{codes.shape[0]}], got {offsets.dtype} {[*offsets.shape]}.")
+    if transposed:
+        codes, scale = codes.transpose(1, 2), scale.transpose(1, 2)
+    (groups, outer, inner), rows = codes.shape, x.shape[0]
+    per_k = scale.shape[-1] != 1
+    scale = _expanded_scale(scale, (groups, 1, inner) if per_k else (groups, outer, 1)).reshape(groups, -1)
+    kernels = _kernels(codes)
+    y = torch.zeros((rows, outer), dtype=_stored(kernels, x.dtype), device=x.device)
+    if y.numel() == 0 or inner == 0:
+        return y.to(x.dtype)
+
+    kernel = "grouped_transposed" if per_k else "grouped"
+    tiles, even = fitted(tiles_for(kernel, _blocks(rows, groups), x.dtype, _device_name(codes)), inner)
+    _launch(
+        kernels.grouped_kernel,
+        (_blocks(rows, tiles.m) + groups, _blocks(outer, tiles.n)),
+        tiles,
+        (x, codes, scale, offsets, y, groups, outer, inner, *x.stride(), *codes.stride(), *scale.stride()),
+        UPCAST=_upcast(kernels, x.dtype),
+        EVEN=even,
+        SCALE_PER_K=per_k,
+        GROUPS=1 << max(groups - 1, 1).bit_length(),
+        BLOCK_M=tiles.m,
+        BLOCK_N=tiles.n,
+        BLOCK_K=tiles.k,
+        **decoding(fmt, x.dtype, packed=_takes_ptx(kernels)),
     )
     return y.to(x.dtype)
 
@@ -170,17 +258,18 @@ def linear_grad_input(
     if out.numel() == 0:
         return out.to(grad.dtype)
 
-    tiles = grad_tiles(rows, grad.dtype)
+    tiles = tiles_for("grad_input", rows, grad.dtype, _device_name(codes))
+    tiles = narrow(tiles) if outer % 16 else tiles
     _launch(
         kernels.grad_input_kernel,
-        _blocks(rows, tiles.m) * _blocks(outer, tiles.k),
+        (_blocks(rows, tiles.m) * _blocks(outer, tiles.k),),
         tiles,
         (grad, codes, scale, out, rows, inner, outer, *grad.stride(), *codes.stride(), scale.stride(0)),
         UPCAST=_upcast(kernels, grad.dtype),
         BLOCK_M=tiles.m,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
-        **decoding(fmt, grad.dtype),
+        **decoding(fmt, grad.dtype, packed=_takes_ptx(kernels)),
     )
     return out.to(grad.dtype)
 
@@ -252,8 +341,31 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _launch(kernel, programs: int, tiles: Tiles, arguments: tuple, **constants) -> None:
+def _takes_ptx(kernels) -> bool:
+    return not kernels.INTERPRETED and torch.version.hip is None
+
+
+@functools.cache
+def _name_of(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _device_name(tensor: torch.Tensor) -> str:
+    return _name_of(tensor.device.index) if tensor.device.type == "cuda" else ""
+
+
+def _launch(kernel, programs: tuple[int, ...], tiles: Tiles, arguments: tuple, **constants) -> None:
+    from triton.errors import TritonError
+
     device = arguments[0].device
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **tiles.options, **constants)
+    try:
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[programs](*arguments, **tiles.options, **constants)
+    except (TritonError, OSError, subprocess.SubprocessError) as error:
+        name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+        raise KernelError(
+            f"the Triton kernel {name} cannot be compiled or launched on {device} ({type(error).__name__}: "
+            f"{str(error)[:200]}): the kernels are for NVIDIA GPUs of compute capability 8.0 and newer and for AMD's "
+            "gfx942; take backend 'torch' elsewhere."
+        ) from error

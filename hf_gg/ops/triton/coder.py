@@ -61,7 +61,7 @@ def decode(payload: torch.Tensor, header: Header, name: str) -> torch.Tensor:
         header.lanes,
     )
     _launch(
-        coder_kernels.rans_decode_kernel, chunks, coder_tiles(), arguments, BITS=header.bits, MOST_LANES=MOST_LANES
+        coder_kernels.rans_decode_kernel, (chunks,), coder_tiles(), arguments, BITS=header.bits, MOST_LANES=MOST_LANES
     )
     result = found.cpu().numpy()
     if not result[:, MOST_LANES].all():

@@ -1,12 +1,22 @@
-"""What a launch needs besides tensors: how a format is decoded in a dtype, and the tile sizes. No Triton here."""
+"""What a launch needs besides tensors: how a format is decoded in a dtype, and the tile sizes. No Triton here.
+
+Tile sizes are in `configs/`, a JSON file a GPU by its name (`NVIDIA_H200.json`), and `default.json` for those that
+were not tuned. A file may hold some of the kernels only. For each kernel it lists launches; the first one whose `rows`
+(null: any number) and `bits` of the dtype fit is taken. Nothing is tuned at run time.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from ...formats import ResidualFloat, WeightFormat
+from .packed import packed_decoding
 
 
 # Largest exponent of a normal float16, and the least.
@@ -16,13 +26,23 @@ _HALF_MIN_EXPONENT = -14
 
 @dataclass(frozen=True)
 class Tiles:
-    """One launch configuration: rows of x, rows of codes and columns of codes a tile, warps, pipeline stages."""
+    """One launch configuration.
+
+    Attributes:
+        m: rows of x in a tile.
+        n: rows of codes.
+        k: columns of codes.
+        warps: that share a tile.
+        stages: of the pipeline.
+        programs: columns are split until there are about so many programs; 0: never.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    programs: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -31,53 +51,82 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-def decoding(fmt: WeightFormat, dtype: torch.dtype) -> dict[str, int | float]:
+def decoding(fmt: WeightFormat, dtype: torch.dtype, packed: bool = False) -> dict[str, int | float | str]:
     """Compile-time constants of the kernels' `_decode` for values in `dtype`.
 
     float16 has too few exponents for the small values of a format, so they are decoded `2^shift` times too large, and
     the kernels multiply their float32 sum by `UNSHIFT`, a power of two: nothing is lost.
 
     Returns:
+        `PTX` (instructions for four codes at once, empty unless `packed`: only NVIDIA's compiler takes them),
         `FRACTIONS` (four mantissa bits a residual state, packed into a signed 32-bit number), `RESIDUAL_BITS` (0: the
         magnitude is a whole number), `BIAS` (of the exponent, less the shift) and `UNSHIFT`.
     """
+    ptx = packed_decoding(fmt, dtype) if packed else ""
     if not isinstance(fmt, ResidualFloat):
-        return {"FRACTIONS": 0, "RESIDUAL_BITS": 0, "BIAS": 0, "UNSHIFT": 1.0}
+        return {"PTX": ptx, "FRACTIONS": 0, "RESIDUAL_BITS": 0, "BIAS": 0, "UNSHIFT": 1.0}
     # reserved states decode to a power of two: they are refused when a checkpoint is loaded
-    packed = sum((max(sixteenths, 16) - 16) << (4 * state) for state, sixteenths in enumerate(fmt.mantissas))
+    fractions = sum((max(sixteenths, 16) - 16) << (4 * state) for state, sixteenths in enumerate(fmt.mantissas))
     shift = 0
     if dtype == torch.float16:
         largest = (1 << fmt.exponent_bits) - 1 - fmt.exponent_bias
         shift = max(0, min(_HALF_MIN_EXPONENT + fmt.exponent_bias, _HALF_MAX_EXPONENT - largest))
     return {
-        "FRACTIONS": packed - (1 << 32) if packed >= 1 << 31 else packed,
+        "PTX": ptx,
+        "FRACTIONS": fractions - (1 << 32) if fractions >= 1 << 31 else fractions,
         "RESIDUAL_BITS": fmt.residual_bits,
         "BIAS": fmt.exponent_bias - shift,
         "UNSHIFT": 2.0**-shift,
     }
 
 
-def dequantize_tiles() -> Tiles:
-    """Tiles of the dequantize kernel (m is not used)."""
-    return Tiles(m=1, n=32, k=128, warps=4, stages=1)
+def tiles_for(kernel: str, rows: int, dtype: torch.dtype, device: str = "") -> Tiles:
+    """The launch configuration of a kernel.
+
+    Args:
+        kernel: `"linear"`, `"grad_input"`, `"grouped"`, `"grouped_transposed"` or `"dequantize"`.
+        rows: of x (of a group, the mean).
+        dtype: of x.
+        device: name of the GPU.
+    """
+    for launch in _configs(device)[kernel]:
+        if launch["bits"] == 8 * dtype.itemsize and (launch["rows"] is None or rows <= launch["rows"]):
+            return Tiles(**{key: value for key, value in launch.items() if key not in ("rows", "bits")})
+    raise ValueError(f"configs: no launch of {kernel!r} for {rows} rows of {dtype}.")
 
 
-def linear_tiles(rows: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the linear kernel for `rows` rows of x in `dtype`."""
-    if dtype == torch.float32:  # exact products run on the ordinary units, with both operands in registers
-        return Tiles(16, 64, 32, 4, 2) if rows <= 16 else Tiles(64, 64, 32, 8, 2)
-    if rows <= 16:
-        return Tiles(16, 64, 128, 4, 4)
-    return Tiles(64, 64, 64, 4, 4) if rows <= 64 else Tiles(128, 128, 64, 8, 3)
+def fitted(tiles: Tiles, columns: int) -> tuple[Tiles, bool]:
+    """Tiles whose `k` divides the columns if a half or a quarter of it does, and whether it does.
+
+    Other widths are loaded byte by byte, so that wide tiles would not fit into the registers.
+    """
+    for k in (tiles.k, tiles.k // 2, tiles.k // 4):
+        if k >= 32 and columns % k == 0:
+            return replace(tiles, k=k), True
+    return narrow(tiles), False
 
 
-def grad_tiles(rows: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the input gradient's kernel; it sums over n."""
-    if dtype == torch.float32:
-        return Tiles(16, 32, 64, 4, 2) if rows <= 16 else Tiles(64, 32, 64, 8, 2)
-    if rows <= 16:
-        return Tiles(16, 64, 64, 4, 4)
-    return Tiles(64, 64, 64, 4, 4) if rows <= 64 else Tiles(128, 64, 128, 8, 3)
+def narrow(tiles: Tiles) -> Tiles:
+    """Tiles for codes whose rows do not begin at multiples of 16 bytes."""
+    return replace(tiles, k=32)
+
+
+def split(tiles: Tiles, blocks: int, columns: int) -> int:
+    """Into how many parts the columns are split, a power of two; whole tiles each, at least two."""
+    parts = 1
+    while blocks * parts < tiles.programs and parts < 16 and columns % (2 * parts * tiles.k) == 0:
+        if columns // (2 * parts * tiles.k) < 2:
+            break
+        parts *= 2
+    return parts
+
+
+@functools.cache
+def _configs(device: str) -> dict[str, list[dict]]:
+    folder = Path(__file__).parent / "configs"
+    configs = json.loads((folder / "default.json").read_text())
+    own = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', device)}.json"
+    return {**configs, **json.loads(own.read_text())} if device and own.exists() else configs
 
 
 def coder_tiles() -> Tiles:

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: `hf-gg bench`, and what the scripts in `benchmarks/` share."""

@@ -1,0 +1,136 @@
+"""A whole model: tokens a second of prefill and decoding, in turns, after its logits were checked."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .timing import in_turns, median_ratio, waiting
+
+
+FORMATS = ("rf8", "rf8x", "grid")
+# Largest error of the logits against the same weights in float32, in units of the error of the plain model.
+MOST_NOISE = 3.0
+
+
+def open_model(name: str | None, device: torch.device):
+    """A causal language model in bfloat16: a name or folder, or SmolLM2-135M from its GGUF file for None."""
+    import transformers
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if name is not None:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        return model.to(device).eval()  # type: ignore[arg-type]
+    from ..data import smollm2_gguf
+
+    file = smollm2_gguf()
+    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def measure(
+    plain,
+    device: torch.device,
+    formats: tuple[str, ...] = FORMATS,
+    prompt: int = 512,
+    tokens: int = 64,
+    rounds: int = 5,
+    say: Callable[[str], None] = print,
+) -> Iterator[dict]:
+    """Rows of the table: the plain model and the same in each format.
+
+    Args:
+        plain: the model in bfloat16.
+        device: of the model.
+        formats: weight formats.
+        prompt: tokens of the prefill.
+        tokens: that are generated one by one after a prompt of 16.
+        rounds: turns.
+        say: told of every row.
+
+    Yields:
+        `model`, `what` ("prefill" or "decode"), `tokens_s` (median), `speedup` (against bfloat16, median of the turns'
+        ratios), `mib` (of the weights), `error` (relative, of the logits, against float32).
+    """
+    from ..integrations.config import GGConfig
+    from ..integrations.transformers import quantize_
+
+    ids = torch.randint(5, plain.config.vocab_size - 5, (1, prompt), device=device)
+    models, errors = {"bfloat16": plain}, {"bfloat16": _check("bfloat16", plain, ids[:, :64], float("inf"))}
+    for name in formats:
+        models[name] = quantize_(copy.deepcopy(plain), GGConfig(weight_format=name)).eval()
+        errors[name] = _check(name, models[name], ids[:, :64], errors["bfloat16"])
+    works = {
+        "prefill": lambda model: _prefill(model, ids),
+        "decode": lambda model: _decode(model, ids[:, :16], tokens),
+    }
+    for what, work in works.items():
+        count = prompt if what == "prefill" else tokens
+        functions = {name: waiting(functools.partial(work, model), device) for name, model in models.items()}
+        with torch.no_grad():
+            seconds = in_turns(functions, rounds, warmup=1)
+        for name, times in seconds.items():
+            row = {
+                "model": name,
+                "what": what,
+                "tokens_s": round(count / statistics.median(times), 1),
+                "speedup": round(median_ratio(seconds["bfloat16"], times), 3),
+                "mib": round(models[name].get_memory_footprint() / 2**20),
+                "error": round(errors[name], 5),
+            }
+            say(
+                f"{what:>8} {name:<10} {row['tokens_s']:9.1f} tokens/s  {row['speedup']:6.2f} times bfloat16  "
+                f"{row['mib']:6d} MiB"
+            )
+            yield row
+
+
+def _prefill(model, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, logits_to_keep=1).logits
+
+
+def _decode(model, ids: torch.Tensor, count: int) -> torch.Tensor:
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=count, max_new_tokens=count
+    )
+
+
+def _check(name: str, model, ids: torch.Tensor, noise: float) -> float:
+    """Relative error of the logits, for one row and for many, against the decoded model in float32.
+
+    Raises:
+        RuntimeError: it is more than `MOST_NOISE` times that of the plain model (`noise`), which rounds as often.
+    """
+    decoded = copy.deepcopy(model)
+    if name != "bfloat16":
+        decoded.dequantize()
+    decoded.float()
+    worst = 0.0
+    with torch.no_grad():
+        for part in (ids, ids[:, :1]):
+            expected, found = (m(part).logits.double() for m in (decoded, model))
+            worst = max(worst, float((found - expected).norm() / expected.norm()))
+    if not worst <= MOST_NOISE * noise + 0.01:  # NaN is not
+        raise RuntimeError(
+            f"the model in {name} is wrong: relative error of its logits {worst:.3g}, of the plain one {noise:.3g}."
+        )
+    return worst
+
+
+def with_loads(plain, rounds: int) -> list[dict]:
+    """Rows of `loading.measure` for a model, through a temporary folder."""
+    import tempfile
+
+    from . import loading
+
+    with tempfile.TemporaryDirectory() as folder:
+        loading.save(plain, Path(folder))
+        return loading.measure(Path(folder), rounds)

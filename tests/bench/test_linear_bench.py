@@ -1,0 +1,128 @@
+"""The measurements: what is checked before it is timed, what is listed, and the files that come out."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hf_gg.bench import contenders, linear, loading, plot, timing
+from hf_gg.cli.main import main
+
+
+CPU = torch.device("cpu")
+SMALL = {"small": (24, 64)}
+
+
+@pytest.fixture
+def layer():
+    layer = nn.Linear(64, 24, bias=False, dtype=torch.bfloat16)
+    return layer.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    monkeypatch.setattr(linear, "SHAPES", SMALL)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in contenders.CONTENDERS if name in ("bfloat16", "float32", "torch int8pack")]
+)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_contenders_of_torch_are_right(name, rows, layer):
+    made = contenders.make(name, layer)
+    assert contenders.check(name, made, layer, torch.randn(rows, 64).bfloat16()) < 0.005
+
+
+@pytest.mark.parametrize("name", contenders.OURS)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_ours_are_right_and_small(name, rows, layer):
+    made = contenders.make(name, layer)
+    assert contenders.check(name, made, layer, torch.randn(rows, 64).bfloat16()) < 0.005
+    assert made.bytes == 24 * 64 + 24 * 4
+
+
+def test_a_wrong_result_is_not_timed(layer):
+    made = contenders.make("rf8", layer)
+    x = torch.randn(3, 64).bfloat16()
+    for wrong in (lambda x: made.layer(x) * 1.02, lambda x: made.layer(x) * torch.nan):
+        with pytest.raises(RuntimeError, match=r"rf8 is wrong for x \[3, 64\]: relative error"):
+            contenders.check("rf8", contenders.Made(wrong, made.weight, 1), layer, x)
+
+
+def test_what_cannot_run_is_listed_with_its_reason(monkeypatch):
+    def breaks(layer):
+        raise ImportError("No module named 'nothing'")
+
+    def refuses(layer):
+        def run(x):
+            raise NotImplementedError("no such product")
+
+        return contenders.Made(run, None, 1)
+
+    for name, make in (("breaks", breaks), ("refuses", refuses)):
+        monkeypatch.setitem(contenders.CONTENDERS, name, make)
+    names = ["rf8", "breaks", "refuses", "gemlite"]
+    rows = list(linear.measure(["small"], [1, 5], names, CPU, 3, 1.0, 1e9, lambda text: None))
+    found = {(row["rows"], row["contender"]): row for row in rows}
+    assert len(rows) == len(found) == 2 * 5  # bfloat16 is always there
+    for count in (1, 5):
+        assert found[count, "breaks"]["reason"] == "ImportError: No module named 'nothing'"
+        assert found[count, "refuses"]["reason"] == "NotImplementedError: no such product"
+        assert "gemlite" in found[count, "gemlite"]["reason"]
+        timed = found[count, "rf8"]
+        assert timed["ms"] > 0 and timed["ratio_to_bfloat16"] > 0 and timed["turns"] == 3 and timed["error"] < 0.006
+        moved = 24 * 64 + 24 * 4 + 2 * count * (64 + 24)
+        assert timed["gb_s"] == pytest.approx(moved / timed["ms"] / 1e6, rel=0.05, abs=0.01)
+        assert timed["roofline_share"] == pytest.approx(timed["gb_s"], abs=0.02)  # of a rate of 1 GB/s
+
+
+def test_a_contender_that_takes_too_long_is_listed():
+    rows = list(linear.measure(["small"], [1], ["rf8"], CPU, 3, 1e-12, 1e9, lambda text: None))
+    assert all("over the 1e-12 s given" in row["reason"] for row in rows)
+
+
+def test_turns_and_ratios():
+    calls = []
+    seconds = timing.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4 and [len(times) for times in seconds.values()] == [3, 3]
+    assert timing.median_ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+def test_the_command_writes_csv_plot_and_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "peak_rate", lambda device, dtype: 1e11)
+    pytest.importorskip("matplotlib")
+    arguments = ["bench", "linear", "--shapes", "small", "--rows", "1", "--contenders", "rf8", "gemlite"]
+    files = ["--csv", str(tmp_path / "out" / "layers.csv"), "--plot", str(tmp_path / "roofline.png")]
+    assert main([*arguments, *files, "--seconds", "0.1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["contender"] for row in result["linear"]] == ["bfloat16", "rf8", "gemlite"]
+    assert result["machine"]["torch"] == torch.__version__ and result["copy_gb_s"] == 1.0
+    with open(tmp_path / "out" / "layers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contender"] for row in rows] == ["bfloat16", "rf8", "gemlite"]
+    assert rows[2]["ms"] == "" and "GPU" in rows[2]["reason"] and rows[0]["cpu"]
+    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RuntimeError, match=r"hf-gg\[plots\]"):
+        plot.draw([], 1.0, 1.0, tmp_path / "x.png", "")
+
+
+def test_wrong_arguments(capsys):
+    assert main(["bench", "layers"]) == 1
+    assert "PART must be of linear, model, load, got 'layers'" in capsys.readouterr().err
+    assert main(["bench", "linear", "--rows", "0"]) == 2
+    if not torch.cuda.is_available():
+        assert main(["bench", "linear", "--device", "cuda"]) == 1
+        assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_a_load_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="the load 'plain' failed"):
+        loading.measure(tmp_path, 1, ("plain",))
