@@ -25,7 +25,12 @@ PARTS = ("linear", "model", "load")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument(
-        "--shapes", nargs="+", default=list(linear.SHAPES), choices=list(linear.SHAPES), metavar="SHAPE"
+        "--shapes",
+        nargs="+",
+        default=list(linear.SHAPES),
+        choices=list(linear.SHAPES),
+        metavar="SHAPE",
+        help=f"layers: {', '.join(linear.SHAPES)} (default: all)",
     )
     parser.add_argument(
         "--rows", nargs="+", type=_positive, default=list(linear.ROWS), metavar="N", help="of the input"

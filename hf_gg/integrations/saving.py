@@ -34,7 +34,7 @@ _WEIGHT_FILES = re.compile(r"(new-)?model(-\d{5}-of-\d{5})?\.safetensors(\.index
 def install(model: nn.Module) -> None:
     """Give a model the safe `save_pretrained`, and pushes with a card of ours."""
     model.save_pretrained = types.MethodType(save_pretrained, model)
-    model._upload_modified_files = types.MethodType(_upload, model)
+    model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def remove(model: nn.Module) -> None:
@@ -88,7 +88,7 @@ def save_pretrained(self, save_directory, *args, **kwargs):
     return result
 
 
-def _upload(self, working_dir, repo_id, *args, **kwargs):
+def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
     """`PushToHubMixin._upload_modified_files`, of corrected files and with a card of measured facts."""
     from .cards import card_of_model  # which reads checkpoints, and is wanted here alone
 
