@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .contenders import CONTENDERS, CannotRun, Made, check, make
-from .timing import in_turns, median_ratio, waiting
+from .contenders import CONTENDERS, CannotRun, Layer, Made, check, make
+from .timing import evictor, in_turns, median_ratio, waiting
 
 
 # Name: (outputs, inputs).
@@ -43,14 +43,17 @@ def measure(
 ) -> Iterator[dict]:
     """Rows of the table.
 
+    Ahead of every timed call the caches are emptied and another layer of the contender's kind is run: what is timed
+    finds its weight in memory and its code, its x and the threads ready, as in a model whose layers take turns.
+
     Args:
         shapes: keys of `SHAPES`.
         rows: of x.
         names: of contenders; bfloat16 is always among them.
         device: where.
         rounds: turns, at most.
-        most_seconds: for all turns of one contender, shape and number of rows; there are fewer turns, at least three,
-            and a contender whose one call takes longer is only listed.
+        most_seconds: for all turns of one contender, shape and number of rows; a contender that takes longer has fewer
+            turns, at least three, and one whose one call takes longer is only listed.
         rate: bytes a second of a large copy.
         say: told of every row.
 
@@ -61,28 +64,37 @@ def measure(
     """
     for shape in shapes:
         out_features, in_features = SHAPES[shape]
-        linear = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
-        with torch.no_grad():
-            linear.weight.normal_(std=0.02)
-        linear.weight.requires_grad_(False)
+        linear, other = (_layer(out_features, in_features, device) for _ in range(2))
         ready: dict[str, Made] = {}
+        others: dict[str, Layer] = {}
         reasons: dict[str, str] = {}
         for name in dict.fromkeys([BASE, *names]):
             try:
-                ready[name] = make(name, linear)
+                ready[name], others[name] = make(name, linear), make(name, other).layer
             except CannotRun as error:
                 reasons[name] = str(error)
         for count in rows:
             about = {"shape": shape, "out": out_features, "in": in_features, "rows": count}
             x = torch.randn(count, in_features, device=device).bfloat16()
-            for row in _one(about, x, linear, ready, reasons, device, rounds, most_seconds, rate):
+            for row in _one(about, x, linear, ready, others, reasons, device, rounds, most_seconds, rate):
                 say(describe(row))
                 yield row
 
 
-def _one(about, x, linear, ready, reasons, device, rounds, most_seconds, rate) -> Iterator[dict]:
+def _layer(out_features: int, in_features: int, device: torch.device) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight.normal_(std=0.02)
+    return layer
+
+
+def _one(about, x, linear, ready, others, reasons, device, rounds, most_seconds, rate) -> Iterator[dict]:
     functions, errors, reasons = {}, {}, dict(reasons)
-    slowest = 0.0
+    evict = evictor(device)
+
+    def before(name: str) -> None:
+        evict()
+        waiting(functools.partial(others[name], x), device)()
+
     for name, made in ready.items():
         try:
             errors[name] = check(name, made, linear, x)
@@ -97,10 +109,9 @@ def _one(about, x, linear, ready, reasons, device, rounds, most_seconds, rate) -
         if took > most_seconds:
             reasons[name] = f"one call takes {took:.1f} s, over the {most_seconds} s given to all of its turns"
             continue
-        functions[name], slowest = function, max(slowest, took)
-    turns = min(rounds, max(3, int(most_seconds / max(slowest, 1e-6))))
+        functions[name] = function
     with torch.no_grad():
-        seconds = in_turns(functions, turns, warmup=2 if slowest < most_seconds / 10 else 0)
+        seconds = in_turns(functions, rounds, 0, before, most_seconds)
     for name in [*ready, *(n for n in reasons if n not in ready)]:
         if name not in seconds:
             yield {**about, "contender": name, "reason": reasons[name]}
@@ -117,7 +128,7 @@ def _one(about, x, linear, ready, reasons, device, rounds, most_seconds, rate) -
             "roofline_share": round(moved / middle / rate, 3),
             "gflop_s": round(2e-9 * x.numel() * about["out"] / middle, 1),
             "error": round(errors[name], 5),
-            "turns": turns,
+            "turns": len(seconds[name]),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import platform
 import statistics
 import time
@@ -12,10 +13,17 @@ from pathlib import Path
 import torch
 
 
-def in_turns(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def in_turns(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    before: Callable[[str], object] | None = None,
+    most_seconds: float = math.inf,
+) -> dict[str, list[float]]:
     """Seconds of each function, A B A B …, so that the machine's moods hit all of them alike.
 
-    On a GPU a function must wait for its result (see `waiting`).
+    On a GPU a function must wait for its result (see `waiting`). `before` is called with the name ahead of every timed
+    call. A function whose calls took `most_seconds` together, three at least, is left out of the rounds that follow.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -23,10 +31,20 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int, warmup: in
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            if len(seconds[name]) >= 3 and sum(seconds[name]) > most_seconds:
+                continue
+            if before is not None:
+                before(name)
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def evictor(device: torch.device) -> Callable[[], object]:
+    """A function that reads so much memory that the caches hold nothing else."""
+    buffer = torch.ones((256 if device.type == "cuda" else 128) << 18, device=device)
+    return waiting(buffer.sum, device)
 
 
 def waiting(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -43,7 +61,7 @@ def waiting(function: Callable[[], object], device: torch.device) -> Callable[[]
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:
-    """Median of the ratios of the rounds, a / b."""
+    """Median of the ratios of the rounds that both have, a / b."""
     return statistics.median(x / y for x, y in zip(a, b))
 
 

@@ -37,7 +37,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, format: str, backend: str
 ) -> torch.Tensor | None:
-    """`hf_gg.ops.linear` where gradients are off and nothing is being traced, or None: not a case for this way."""
+    """`hf_gg.ops.linear` where no gradient is recorded and nothing traced, or None: not a case for this way."""
     if backend == "auto":
         backend = os.environ.get("HF_GG_BACKEND", "auto")
     if backend not in ("auto", "cpu") or type(x) not in _PLAIN or type(codes) not in _PLAIN:

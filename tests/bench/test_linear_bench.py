@@ -91,6 +91,38 @@ def test_turns_and_ratios():
     assert timing.median_ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
 
 
+def test_what_comes_before_a_turn_and_when_turns_end(monkeypatch):
+    calls, clock = [], [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    def before(name):
+        work(f"before {name}", 100.0)  # is not timed
+
+    functions = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
+    seconds = timing.in_turns(functions, 6, warmup=0, before=before, most_seconds=4.0)
+    assert seconds == {"a": [1.0] * 5, "b": [3.0] * 3}  # the sum is over 4 after five turns; three are the least
+    assert calls[:4] == ["before a", "a", "before b", "b"] and len(calls) == 16
+
+
+def test_every_turn_finds_its_weight_out_of_the_caches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(linear, "evictor", lambda device: lambda: calls.append("evict"))
+
+    def make(layer):
+        own = len([name for name in calls if name == "made"])
+        calls.append("made")
+        return contenders.Made(lambda x: calls.append(own) or x @ layer.weight.T, layer.weight.float(), 1)
+
+    monkeypatch.setattr(contenders, "CONTENDERS", {"bfloat16": make})
+    list(linear.measure(["small"], [1], [], CPU, 3, 60.0, 1e9, lambda text: None))
+    # made twice, checked, tried, then three turns: the other layer, and the timed one
+    assert calls == ["made", "made", 0, 0, *["evict", 1, 0] * 3]
+
+
 def test_the_command_writes_csv_plot_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(timing, "peak_rate", lambda device, dtype: 1e11)

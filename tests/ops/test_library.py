@@ -216,6 +216,7 @@ def test_a_backend_asked_for_by_name_fails_loudly(monkeypatch):
     x = torch.randn(2, 40)
     monkeypatch.setattr(backends.cpu, "available", lambda: False)
     monkeypatch.setattr(backends.cpu, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(few_rows, "format_number", lambda name: None)  # registered in this process already
     with pytest.raises(RuntimeError, match="'cpu' is not available: no compiler"):
         ops.linear(x, codes, scale, backend="cpu")
     monkeypatch.setattr(backends.triton_backend, "available", lambda: False)
@@ -232,6 +233,7 @@ def test_auto_falls_back_once_with_one_warning(monkeypatch):
     x = torch.randn(2, 40)
     monkeypatch.setattr(backends.cpu, "available", lambda: False)
     monkeypatch.setattr(backends.cpu, "why_not", lambda: "a reason of this test")
+    monkeypatch.setattr(few_rows, "format_number", lambda name: None)
     backends._fall_back.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"kernels for cpu cannot run here \(a reason of this test\): plain torch"):
         y = ops.linear(x, codes, scale)
@@ -291,7 +293,7 @@ def test_the_short_way_gives_what_the_long_way_gives(short_way, name, dtype):
         for shape in ((columns,), (1, columns), (2, 3, columns), (16, columns)):
             x = torch.randn(shape).to(dtype)
             for bias in (None, torch.randn(rows), torch.randn(rows).to(dtype)):
-                expected = torch.ops.hf_gg.linear(x, codes, scale, bias, name, "cpu")
+                expected = backends.linear(x, codes, scale, bias, get_format(name), "cpu")
                 torch.full(expected.shape, torch.nan, dtype=dtype)  # what the allocator hands out next holds NaN
                 found = few_rows.linear(x, codes, scale, bias, name, "auto")
                 assert found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected)
@@ -325,25 +327,32 @@ def test_the_short_way_declines(short_way, monkeypatch):
         ops.linear(x[:, 1:], codes, scale)
 
 
-def test_the_short_way_is_taken_without_gradients_only(short_way, monkeypatch):
+def test_the_short_way_is_below_autograd(short_way, monkeypatch):
     codes, scale, dense = make()
     bias, x = torch.randn(24, requires_grad=True), torch.randn(2, 40)
     taken = []
     real = few_rows._few_rows
     monkeypatch.setattr(few_rows, "_few_rows", lambda *arguments: taken.append(1) or real(*arguments))
-    assert ops.linear(x, codes, scale, bias).requires_grad and not taken
+    learnt = ops.linear(x, codes, scale, bias)
+    assert learnt.requires_grad and len(taken) == 1
+    learnt.sum().backward()
+    assert torch.equal(bias.grad, torch.full((24,), 2.0))
     with torch.no_grad():
         expected = ops.linear(x, codes, scale, bias)
+        assert torch.equal(expected, learnt) and len(taken) == 2
         mapped = torch.func.vmap(lambda row: ops.linear(row, codes, scale, None))(x)
-    assert len(taken) == 1
     assert torch.allclose(mapped.double(), x.double() @ dense.T, atol=1e-5)
     with torch.inference_mode():
-        assert torch.equal(ops.linear(x, codes, scale, bias), expected) and len(taken) == 2
+        taken.clear()
+        assert torch.equal(ops.linear(x, codes, scale, bias), expected) and len(taken) == 1
 
 
-def test_the_short_way_under_compile(short_way):
+def test_the_short_way_under_compile(short_way, monkeypatch):
     codes, scale, _ = make()
-    x = torch.randn(2, 40)
+    x, taken, real = torch.randn(2, 40), [], few_rows._few_rows
+    monkeypatch.setattr(few_rows, "_few_rows", lambda *arguments: taken.append(1) or real(*arguments))
     compiled = torch.compile(lambda x: ops.linear(x.sin(), codes, scale).cos(), fullgraph=True)
     with torch.no_grad():
-        assert torch.allclose(compiled(x), ops.linear(x.sin(), codes, scale).cos(), atol=1e-6)
+        found = compiled(x)
+        assert taken  # by the graph
+        assert torch.allclose(found, ops.linear(x.sin(), codes, scale).cos(), atol=1e-6)
