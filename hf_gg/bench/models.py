@@ -13,7 +13,11 @@ import torch
 from .timing import in_turns, median_ratio, waiting
 
 
-FORMATS = ("rf8", "rf8x", "grid")
+# Options of GGConfig by the name in the table.
+CONFIGS: dict[str, dict] = {
+    **{name: {"weight_format": name} for name in ("rf8", "rf8x", "grid")},
+    "rf8, embeddings": {"quantize_embeddings": True, "quantize_lm_head": True},
+}
 # Largest error of the logits against the same weights in float32, in units of the error of the plain model.
 MOST_NOISE = 3.0
 
@@ -39,18 +43,18 @@ def open_model(name: str | None, device: torch.device):
 def measure(
     plain,
     device: torch.device,
-    formats: tuple[str, ...] = FORMATS,
+    names: tuple[str, ...] = tuple(CONFIGS),
     prompt: int = 512,
     tokens: int = 64,
     rounds: int = 5,
     say: Callable[[str], None] = print,
 ) -> Iterator[dict]:
-    """Rows of the table: the plain model and the same in each format.
+    """Rows of the table: the plain model and the same by each config.
 
     Args:
         plain: the model in bfloat16.
         device: of the model.
-        formats: weight formats.
+        names: of `CONFIGS`.
         prompt: tokens of the prefill.
         tokens: that are generated one by one after a prompt of 16.
         rounds: turns.
@@ -65,8 +69,8 @@ def measure(
 
     ids = torch.randint(5, plain.config.vocab_size - 5, (1, prompt), device=device)
     models, errors = {"bfloat16": plain}, {"bfloat16": _check("bfloat16", plain, ids[:, :64], float("inf"))}
-    for name in formats:
-        models[name] = quantize_(copy.deepcopy(plain), GGConfig(weight_format=name)).eval()
+    for name in names:
+        models[name] = quantize_(copy.deepcopy(plain), GGConfig(**CONFIGS[name])).eval()
         errors[name] = _check(name, models[name], ids[:, :64], errors["bfloat16"])
     works = {
         "prefill": lambda model: _prefill(model, ids),
@@ -87,7 +91,7 @@ def measure(
                 "error": round(errors[name], 5),
             }
             say(
-                f"{what:>8} {name:<10} {row['tokens_s']:9.1f} tokens/s  {row['speedup']:6.2f} times bfloat16  "
+                f"{what:>8} {name:<16} {row['tokens_s']:9.1f} tokens/s  {row['speedup']:6.2f} times bfloat16  "
                 f"{row['mib']:6d} MiB"
             )
             yield row

@@ -28,7 +28,7 @@ def tiny():
 def test_prefill_and_decoding_of_every_format(tiny):
     rows = list(models.measure(tiny, CPU, prompt=24, tokens=4, rounds=2, say=lambda text: None))
     assert [(row["what"], row["model"]) for row in rows] == [
-        (what, name) for what in ("prefill", "decode") for name in ("bfloat16", *models.FORMATS)
+        (what, name) for what in ("prefill", "decode") for name in ("bfloat16", *models.CONFIGS)
     ]
     assert all(row["tokens_s"] > 0 and row["speedup"] > 0 and 0 < row["error"] < 0.05 for row in rows)
     assert rows[0]["speedup"] == 1.0
