@@ -390,6 +390,15 @@ def test_the_short_way_gives_what_the_long_way_gives(short_way, name, dtype):
                 assert found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_the_short_way_with_one_scale_a_matrix(short_way, rows):
+    codes, _, _ = make()
+    # what lies behind the one scale is not another
+    one, x = torch.tensor([[0.5], [torch.nan]]).repeat(12, 1)[:1], torch.randn(rows, 40)
+    expected = x.double() @ (get_format("rf8").decode(codes).double() * 0.5).T
+    assert torch.allclose(few_rows.linear(x, codes, one, None, "rf8", "auto").double(), expected, atol=1e-5)
+
+
 def test_the_short_way_declines(short_way, monkeypatch):
     codes, scale, _ = make()
     x = torch.randn(3, 40)
