@@ -48,7 +48,10 @@ def layers() -> None:
 def models() -> None:
     rows = read("linear_model.csv")
     keys = ["what", "model", "tokens_s", "speedup", "mib", "error"]
-    table(keys, [[row[key] for key in keys] for row in rows])
+    table(keys, [[row[key] for key in keys] for row in rows if not row.get("reason")])
+    for row in rows:
+        if row.get("reason"):
+            print(f"- {row['what']} {row['model']}: {row['reason']}")
     keys = ["load", "seconds", "ratio_to_plain", "peak_mib", "model_mib"]
     table(keys, [[row[key] for key in keys] for row in read("linear_load.csv")])
 

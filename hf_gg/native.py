@@ -172,7 +172,11 @@ def try_load(load: Callable[[], ctypes.CDLL]) -> tuple[ctypes.CDLL | None, str |
 def find_compiler() -> tuple[str, ...]:
     """The C compiler's command: `$CC`, or else the first of cc, gcc and clang on the path."""
     asked = os.environ.get("CC", "").strip()
-    for command in [shlex.split(asked)] if asked else [["cc"], ["gcc"], ["clang"]]:
+    try:
+        words = shlex.split(asked)
+    except ValueError as error:
+        raise BuildError(f"CC, {asked}, is no command: {error}") from error
+    for command in [words] if words else [["cc"], ["gcc"], ["clang"]]:
         program = shutil.which(command[0])
         if program:
             return (program, *command[1:])

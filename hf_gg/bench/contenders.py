@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .. import ops
-from ..formats import FORMATS
+from ..formats import FORMATS, get_format
 from ..nn import RF8Linear
 
 
@@ -27,9 +27,13 @@ class CannotRun(RuntimeError):
     """A contender does not run here; the message says why."""
 
 
+class WrongResult(RuntimeError):
+    """A contender's result is not what its weight gives."""
+
+
 @dataclass(frozen=True)
 class Made:
-    """A contender for one weight.
+    """A contender for one weight: bare functions, so that nobody pays for the call of a module.
 
     Attributes:
         layer: from x [rows, in] to y [rows, out].
@@ -56,9 +60,9 @@ def _ours(name: str) -> Callable[[nn.Linear], Made]:
         codes, scale = module.weight, module.weight_scale
         if module.weight_outlier_index is not None:
             raise RuntimeError(f"{name}: a random layer has no outliers.")
-        # the function, as of the others, and not the module around it
         layer = lambda x: ops.linear(x, codes, scale, None, name)  # noqa: E731
-        return Made(layer, module.dequantize(), module.weight.nbytes + module.weight_scale.nbytes)
+        # decoded by the format's own table: a kernel is not held to another kernel
+        return Made(layer, get_format(name).decode(codes) * scale, _bytes(codes, scale))
 
     return make
 
@@ -70,7 +74,7 @@ def _int8pack(linear: nn.Linear) -> Made:
     scale = (weight.abs().amax(1) / 127).bfloat16()
     codes = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     decoded = codes.float() * scale.float()[:, None]
-    return Made(lambda x: torch._weight_int8pack_mm(x, codes, scale), decoded, codes.nbytes + scale.nbytes)
+    return Made(lambda x: torch._weight_int8pack_mm(x, codes, scale), decoded, _bytes(codes, scale))
 
 
 def _bitsandbytes(bits: int) -> Callable[[nn.Linear], Made]:
@@ -90,7 +94,11 @@ def _bitsandbytes(bits: int) -> Callable[[nn.Linear], Made]:
             )
             module.weight = package.nn.Params4bit(linear.weight.detach().clone(), quant_type="nf4")
         module = module.to(linear.weight.device).eval()
-        return Made(module, None, linear.weight.numel() * bits // 8)
+        if bits == 8:  # a float32 scale a row
+            return Made(module.forward, None, linear.weight.numel() + 4 * out_features)
+        state = module.weight.quant_state  # whose scales are quantized themselves
+        inner = _bytes(state.offset, state.state2.absmax, state.state2.code) if state.nested else 0
+        return Made(module.forward, None, _bytes(module.weight.data, state.absmax, state.code) + inner)
 
     return make
 
@@ -99,9 +107,9 @@ def _torchao(name: str) -> Callable[[nn.Linear], Made]:
     def make(linear: nn.Linear) -> Made:
         from torchao import quantization
 
-        module = nn.Sequential(_copy(linear))
+        module = _copy(linear)
         quantization.quantize_(module, getattr(quantization, name)())
-        return Made(module, None, linear.weight.numel())
+        return Made(module.forward, None, _bytes(module.weight))
 
     return make
 
@@ -112,7 +120,7 @@ def _quanto(name: str) -> Callable[[nn.Linear], Made]:
 
         module = quanto.QLinear.from_module(_copy(linear), weights=getattr(quanto, name))
         module.freeze()
-        return Made(module, None, linear.weight.numel())
+        return Made(module.forward, None, _bytes(module.weight))
 
     return make
 
@@ -123,7 +131,7 @@ def _hqq(linear: nn.Linear) -> Made:
     config = BaseQuantizeConfig(nbits=8, group_size=64)
     device = str(linear.weight.device)
     module = HQQLinear(_copy(linear), config, compute_dtype=torch.bfloat16, device=device)
-    return Made(module, None, linear.weight.numel())
+    return Made(module.forward, None, _bytes(module.W_q, module.meta["scale"], module.meta["zero"]))
 
 
 def _gemlite(linear: nn.Linear) -> Made:
@@ -131,7 +139,19 @@ def _gemlite(linear: nn.Linear) -> Made:
         raise CannotRun("gemlite: its kernels need a GPU")
     from gemlite.helper import A16W8
 
-    return Made(A16W8(device=str(linear.weight.device)).from_linear(_copy(linear)), None, linear.weight.numel())
+    module = A16W8(device=str(linear.weight.device)).from_linear(_copy(linear))
+    return Made(module.forward, None, linear.weight.numel())
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of tensors, subclasses of other packages taken apart."""
+    total = 0
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            total += _bytes(*(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]))
+        else:
+            total += tensor.nbytes
+    return total
 
 
 def _copy(linear: nn.Linear) -> nn.Linear:
@@ -157,8 +177,15 @@ CONTENDERS: dict[str, Callable[[nn.Linear], Made]] = {
 }
 # Largest relative error, in the norm, against the product with `Made.weight` or else with the full weight.
 EXACT = 0.006  # bfloat16 rounds the result, and where many rows are decoded the weight
-TOLERANCE = {"bitsandbytes nf4": 0.15, "torchao float8": 0.06, "quanto qfloat8": 0.06}
+TOLERANCE = {
+    "bitsandbytes nf4": 0.15,
+    "torchao float8": 0.06,
+    "quanto qfloat8": 0.06,
+    **dict.fromkeys(OURS, 0.06),
+}
 ROUGH = 0.03
+# Largest error of any one number against an exact reference, in units of their root mean square.
+EXACT_EACH = 0.05
 # About so many rows of a large result are compared.
 _CHECKED_ROWS = 32
 
@@ -178,19 +205,30 @@ def check(name: str, made: Made, linear: nn.Linear, x: torch.Tensor) -> float:
 
     Raises:
         CannotRun: it does not run on this x.
-        RuntimeError: its result is wrong.
+        WrongResult: what it gives is not the product with `Made.weight` or, in any case, roughly with the full one.
     """
+    step = max(1, x.shape[0] // _CHECKED_ROWS)
     try:
         with torch.no_grad():
-            y = made.layer(x)[:: max(1, x.shape[0] // _CHECKED_ROWS)].float()
+            y = made.layer(x)[::step].float()
     except Exception as error:
         raise CannotRun(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    weight = linear.weight.float() if made.weight is None else made.weight
-    expected = x[:: max(1, x.shape[0] // _CHECKED_ROWS)].float() @ weight.T
-    relative = float((y - expected).norm() / expected.norm())
-    most = TOLERANCE.get(name, ROUGH) if made.weight is None else EXACT
-    if not relative <= most:  # NaN is not
-        raise RuntimeError(
-            f"{name} is wrong for x {[*x.shape]}: relative error {relative:.3g}, at most {most} is right."
+    full = x[::step].float() @ linear.weight.float().T
+    rough = _distance(name, x, y, full, TOLERANCE.get(name, ROUGH))
+    if made.weight is None:
+        return rough
+    return _distance(name, x, y, x[::step].float() @ made.weight.T, EXACT, EXACT_EACH)
+
+
+def _distance(
+    name: str, x: torch.Tensor, y: torch.Tensor, expected: torch.Tensor, most: float, most_each: float = float("inf")
+) -> float:
+    error = y - expected
+    relative = float(error.norm() / expected.norm())
+    each = float(error.abs().max() / expected.square().mean().sqrt())
+    if not (relative <= most and each <= most_each):  # NaN is not
+        raise WrongResult(
+            f"{name} is wrong for x {[*x.shape]}: relative error {relative:.3g}, at most {most} is right; of one "
+            f"number {each:.3g}, at most {most_each}."
         )
     return relative

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .contenders import CONTENDERS, CannotRun, Layer, Made, check, make
+from .contenders import CONTENDERS, OURS, CannotRun, Layer, Made, WrongResult, check, make
 from .timing import evictor, in_turns, median_ratio, waiting
 
 
@@ -101,6 +101,11 @@ def _one(about, x, linear, ready, others, reasons, device, rounds, most_seconds,
         except CannotRun as error:
             reasons[name] = str(error)
             continue
+        except WrongResult as error:
+            if name in (BASE, *OURS):
+                raise
+            reasons[name] = str(error)
+            continue
         function = waiting(functools.partial(made.layer, x), device)
         start = time.perf_counter()
         with torch.no_grad():
@@ -122,14 +127,18 @@ def _one(about, x, linear, ready, others, reasons, device, rounds, most_seconds,
         yield {
             **about,
             "contender": name,
-            "ms": round(middle * 1e3, 4),
-            "ratio_to_bfloat16": "" if base is None else round(median_ratio(seconds[name], base), 3),
-            "gb_s": round(moved / middle / 1e9, 2),
-            "roofline_share": round(moved / middle / rate, 3),
-            "gflop_s": round(2e-9 * x.numel() * about["out"] / middle, 1),
+            "ms": _digits(middle * 1e3),
+            "ratio_to_bfloat16": "" if base is None else _digits(median_ratio(seconds[name], base)),
+            "gb_s": _digits(moved / middle / 1e9),
+            "roofline_share": _digits(moved / middle / rate),
+            "gflop_s": _digits(2e-9 * x.numel() * about["out"] / middle),
             "error": round(errors[name], 5),
             "turns": len(seconds[name]),
         }
+
+
+def _digits(number: float) -> float:
+    return float(f"{number:.4g}")  # never 0, which a plot could not draw
 
 
 def describe(row: dict) -> str:

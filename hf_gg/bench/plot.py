@@ -5,6 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check(path: Path) -> None:
+    """Raise before anything is measured for it.
+
+    Raises:
+        ValueError: another kind of file. RuntimeError: matplotlib is not installed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a plot must be {', '.join(SUFFIXES)}, got {path.name!r}.")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install 'hf-gg[plots]', or leave --plot out.") from error
+
+
 def draw(rows: list[dict], copy_rate: float, peak_rate: float, path: Path, title: str) -> None:
     """A picture of the rows of `linear.measure` that were timed.
 
@@ -12,16 +29,15 @@ def draw(rows: list[dict], copy_rate: float, peak_rate: float, path: Path, title
         rows: of the table.
         copy_rate: bytes a second of a large copy.
         peak_rate: operations a second of a large product.
-        path: of the picture, png, svg or pdf.
+        path: of the picture, png, svg or pdf; it appears whole.
         title: of the picture.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        As `check`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'hf-gg[plots]', or leave --plot out.") from error
+    check(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     timed = [row for row in rows if "ms" in row]
@@ -42,4 +58,6 @@ def draw(rows: list[dict], copy_rate: float, peak_rate: float, path: Path, title
     axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="Gflop/s", title=title)
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    figure.savefig(part, dpi=150)
+    part.replace(path)

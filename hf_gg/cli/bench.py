@@ -2,6 +2,7 @@
 
     hf-gg bench                                  everything, SmolLM2-135M as the model; some minutes
     hf-gg bench linear --rows 1 4 --shapes 4096x4096
+    hf-gg bench model --contenders rf8           without other packages
     hf-gg bench model --model MODEL              prefill and decoding, tokens a second
     hf-gg bench load                             seconds and memory of loading
     hf-gg bench linear --csv linear.csv --plot roofline.png
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from ..bench import contenders, linear
+from .files import check_writable
 
 
 PARTS = ("linear", "model", "load")
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=_positive, default=100, help="turns of a layer, at most (default: 100)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="for the turns of one contender in one shape (default: 1)"
+        "--seconds", type=_seconds, default=1.0, help="for the turns of one contender in one shape (default: 1)"
     )
     parser.add_argument("--model", metavar="MODEL", help="name on the hub or folder (default: SmolLM2-135M)")
     parser.add_argument("--prompt", type=_positive, default=512, help="tokens of the prefill (default: 512)")
@@ -66,21 +69,28 @@ def run(args: argparse.Namespace) -> int | None:
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         raise ValueError(f"PART must be of {', '.join(PARTS)}, got {unknown[0]!r}.")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: there is no CUDA device here.")
+    device = _device(args.device)
+    parts = args.parts or list(PARTS)
+    # whatever is wrong shows now, and not after minutes of measuring
+    if args.plot and "linear" not in parts:
+        raise ValueError(f"--plot draws layers, and PART is {', '.join(parts)}: add linear or leave --plot out.")
+    if args.plot:
+        plot.check(args.plot)
+    for path in filter(None, (args.csv, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+    if "model" in parts or "load" in parts:
+        models.find(args.model)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    parts = args.parts or list(PARTS)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     about = timing.machine(device)
     result: dict[str, object] = {"machine": about}
     if "linear" in parts:
-        rates = (
-            timing.copy_rate(device),
-            timing.peak_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32),
-        )
+        # a CPU may multiply either of the two faster
+        kinds = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+        rates = timing.copy_rate(device), max(timing.peak_rate(device, kind) for kind in kinds)
         say(f"{about['cpu']}, {about['threads']} threads: a copy of {rates[0] / 1e9:.1f} GB/s")
         rows = list(
             linear.measure(args.shapes, args.rows, args.contenders, device, args.rounds, args.seconds, rates[0], say)
@@ -93,9 +103,9 @@ def run(args: argparse.Namespace) -> int | None:
     if "model" in parts or "load" in parts:
         plain = models.open_model(args.model, device)
         if "model" in parts:
-            rows = list(
-                models.measure(plain, device, prompt=args.prompt, tokens=args.tokens, rounds=args.turns, say=say)
-            )
+            names = tuple(name for name in models.CONFIGS if name.split(",")[0] in args.contenders)
+            peers = tuple(name for name in args.contenders if name not in ("bfloat16", *contenders.OURS))
+            rows = list(models.measure(plain, device, names, args.prompt, args.tokens, args.turns, say, peers))
             result["model"] = rows
             _write(args.csv, "_model", rows, about, say)
         if "load" in parts:
@@ -114,6 +124,30 @@ def _write(path: Path | None, suffix: str, rows: list[dict], about: dict[str, st
         from ..bench.timing import write_rows
 
         say(f"written: {write_rows(path.with_name(f'{path.stem}{suffix}{path.suffix}'), rows, about)}")
+
+
+def _device(text: str):
+    """`torch.device` of a place that can be measured here."""
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {text}: there is no CUDA device here.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices here.")
+    return device
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:  # NaN is not
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -30,33 +30,48 @@ def check_backend(name: str) -> str:
     return name
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """The backend that runs on a device: a name other than `auto`.
+def resolve(name: str, device: torch.device, operator: str, dtype: torch.dtype) -> str:
+    """The backend that runs an operator on a device: a name other than `auto`.
+
+    Args:
+        name: the backend asked for.
+        device: of the codes.
+        operator: its name, for errors.
+        dtype: of the numbers that come in or out.
 
     Raises:
         ValueError: an unknown name, or a backend of another device.
+        TypeError: the backend asked for has no kernel for the dtype.
         RuntimeError: the backend asked for cannot run here; the reason is given.
     """
+    operator = f"hf_gg::{operator}"
     if name == "auto":
         # for the whole process, from outside
-        name = check_backend(os.environ.get("HF_GG_BACKEND", "auto"))
+        name = check_backend(os.environ.get("HF_GG_BACKEND") or "auto")
     if name == "auto":
         wanted: Any = {"cpu": cpu, "cuda": triton_backend}.get(device.type)
         if wanted is None:
+            return "torch"
+        if dtype not in wanted.DTYPES:
             return "torch"
         if wanted.available():
             return "cpu" if wanted is cpu else "triton"
         _fall_back(device.type, str(wanted.why_not()))
         return "torch"
     check_backend(name)
-    if name == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'cpu' got a tensor on {device}: use backend 'auto', 'triton' or 'torch' there.")
-        if not cpu.available():
-            raise RuntimeError(f"backend 'cpu' is not available: {cpu.why_not()}. Use backend 'auto' or 'torch'.")
-    if name == "triton" and not triton_backend.available():
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(
+            f"{operator}: backend 'cpu' got a tensor on {device}: use backend 'auto', 'triton' or 'torch' there."
+        )
+    asked: Any = {"cpu": cpu, "triton": triton_backend}.get(name)
+    if asked is not None and not asked.available():
         raise RuntimeError(
-            f"backend 'triton' is not available: {triton_backend.why_not()}. Use backend 'auto' or 'torch'."
+            f"{operator}: backend {name!r} is not available: {asked.why_not()}. Use backend 'auto' or 'torch'."
+        )
+    if asked is not None and dtype not in asked.DTYPES:
+        raise TypeError(
+            f"{operator}: backend {name!r} takes {', '.join(str(d)[6:] for d in asked.DTYPES)}, got {dtype}: use "
+            "backend 'auto' or 'torch'."
         )
     return name
 
@@ -83,7 +98,7 @@ def _on_triton(operator: str, asked: str, run: Callable, *arguments) -> torch.Te
     try:
         return run(*arguments)
     except triton_backend.KernelError as error:
-        if "triton" in (asked, os.environ.get("HF_GG_BACKEND", "auto")):
+        if "triton" in (asked, os.environ.get("HF_GG_BACKEND")):
             raise RuntimeError(f"hf_gg::{operator}: {error}") from error
         _failed.add(operator)
         _fall_back("this GPU", f"hf_gg::{operator}: {error}")
@@ -93,10 +108,10 @@ def _on_triton(operator: str, asked: str, run: Callable, *arguments) -> torch.Te
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
-    asked, backend = backend, resolve(backend, codes.device)
-    if backend == "cpu" and dtype in cpu.DTYPES:
+    asked, backend = backend, resolve(backend, codes.device, "dequantize", dtype)
+    if backend == "cpu":
         return cpu.dequantize(codes, scale, fmt, dtype)
-    if backend == "triton" and dtype in triton_backend.DTYPES:
+    if backend == "triton":
         weight = _on_triton("dequantize", asked, triton_backend.dequantize, codes, scale, fmt, dtype)
         if weight is not None:
             return weight
@@ -111,11 +126,11 @@ def linear(
     fmt: WeightFormat,
     backend: str,
 ) -> torch.Tensor:
-    asked, backend = backend, resolve(backend, codes.device)
-    rows, y = x.reshape(-1, x.shape[-1]), None
-    if backend == "cpu" and x.dtype in cpu.DTYPES:
+    asked, backend = backend, resolve(backend, codes.device, "linear", x.dtype)
+    rows, y = _matrix(x), None
+    if backend == "cpu":
         y = cpu.linear(rows, codes, scale, bias, fmt)
-    elif backend == "triton" and x.dtype in triton_backend.DTYPES:
+    elif backend == "triton":
         row_scale = scale.expand(codes.shape[0], 1)
         y = _on_triton("linear", asked, triton_backend.linear, rows, codes, row_scale, bias, fmt)
     if y is None:
@@ -125,12 +140,17 @@ def linear(
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], codes.shape[0]))
 
 
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, its last dimension], also where that is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def linear_grad_input(
     grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, backend: str
 ) -> torch.Tensor:
-    asked, backend = backend, resolve(backend, codes.device)
-    rows, out = grad.reshape(-1, grad.shape[-1]), None
-    if backend == "triton" and grad.dtype in triton_backend.DTYPES:
+    asked, backend = backend, resolve(backend, codes.device, "linear_grad_input", grad.dtype)
+    rows, out = _matrix(grad), None
+    if backend == "triton":
         row_scale = scale.expand(codes.shape[0], 1)
         out = _on_triton("linear_grad_input", asked, triton_backend.linear_grad_input, rows, codes, row_scale, fmt)
     if out is None:
@@ -147,18 +167,23 @@ def grouped_linear(
     transposed: bool,
     backend: str,
 ) -> torch.Tensor:
-    asked, backend = backend, resolve(backend, codes.device)
+    asked, backend = backend, resolve(backend, codes.device, "grouped_linear", x.dtype)
     per_row = scale.shape[-1] == 1
-    if backend == "triton" and x.dtype in triton_backend.DTYPES:
+    if backend == "triton":
         arguments = (x, codes, scale, offsets, fmt, transposed)
         y = _on_triton("grouped_linear", asked, triton_backend.grouped_linear, *arguments)
         if y is not None:
             return y
-    if backend == "cpu" and x.dtype in cpu.DTYPES and per_row and not transposed:
-        return cpu.grouped_linear(x, codes, scale, offsets.tolist(), fmt)
+    ends = offsets.tolist()
+    if any(not 0 <= end <= x.shape[0] for end in ends):
+        raise ValueError(
+            f"hf_gg::grouped_linear: offsets must lie in 0 to {x.shape[0]}, the rows of the input, got {ends}."
+        )
+    if backend == "cpu" and per_row and not transposed:
+        return cpu.grouped_linear(x, codes, scale, ends, fmt)
     # rows past the last offset belong to no expert here (expert parallelism): they stay zero
     out, start = x.new_zeros(x.shape[0], codes.shape[2 if transposed else 1]), 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate(ends):
         if end > start:
             weight = dequantize(codes[expert], scale[expert], fmt, x.dtype, asked)
             out[start:end] = x[start:end] @ (weight if transposed else weight.T)
@@ -187,7 +212,7 @@ def quantize(
         and scale in cpu.QUANTIZE_SCALES
         and weight.dtype in cpu.DTYPES
         and weight.ndim >= 2
-        and resolve("auto", weight.device) == "cpu"
+        and resolve("auto", weight.device, "quantize", weight.dtype) == "cpu"
     )
     if compiled:
         return cpu.quantize(weight, fmt, scale)

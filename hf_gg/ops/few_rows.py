@@ -39,10 +39,12 @@ def linear(
 ) -> torch.Tensor | None:
     """`hf_gg.ops.linear` where no gradient is recorded and nothing traced, or None: not a case for this way."""
     if backend == "auto":
-        backend = os.environ.get("HF_GG_BACKEND", "auto")
+        backend = os.environ.get("HF_GG_BACKEND") or "auto"
     if backend not in ("auto", "cpu") or type(x) not in _PLAIN or type(codes) not in _PLAIN:
         return None
     if torch._C._functorch.maybe_current_level() is not None:  # under vmap and the like a tensor hides its own kind
         return None
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return None  # what records the call must see the operator that takes any number of rows
     number = format_number(format) if x.is_cpu else None
     return None if number is None else _few_rows(x, codes, scale, bias, number)

@@ -43,17 +43,12 @@ def _check_codes(name: str, codes: torch.Tensor, scale: torch.Tensor, ndim: int 
         )
 
 
-def _check_linear(name: str, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, output: bool) -> None:
-    _check_codes(name, codes, scale, ndim=2)
-    width = codes.shape[0 if output else 1]
-    if scale.shape[-1] != 1:
-        raise ValueError(f"hf_gg::{name}: scale must be [{codes.shape[0]}, 1] or [1, 1], got {tuple(scale.shape)}.")
+def _check_input(name: str, x: torch.Tensor, codes: torch.Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"hf_gg::{name}: the input must be floating point, got {x.dtype}.")
-    if x.ndim < 1 or x.shape[-1] != width:
-        raise ValueError(
-            f"hf_gg::{name}: the input's last dimension must be {width} for codes of shape {tuple(codes.shape)}, got "
-            f"shape {tuple(x.shape)}."
+    if x.element_size() == 1:  # the decoded weight would be rounded to so few bits, without a scale
+        raise TypeError(
+            f"hf_gg::{name}: the input must be float64, float32, bfloat16 or float16, got {x.dtype}: convert it first."
         )
     if x.device != codes.device:
         raise ValueError(
@@ -61,10 +56,59 @@ def _check_linear(name: str, x: torch.Tensor, codes: torch.Tensor, scale: torch.
         )
 
 
-def _dequantize(codes, scale, format, dtype, backend="auto"):
+def _check_linear(name: str, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, output: bool) -> None:
+    _check_codes(name, codes, scale, ndim=2)
+    width = codes.shape[0 if output else 1]
+    if scale.shape[-1] != 1:
+        raise ValueError(f"hf_gg::{name}: scale must be [{codes.shape[0]}, 1] or [1, 1], got {tuple(scale.shape)}.")
+    _check_input(name, x, codes)
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"hf_gg::{name}: the input's last dimension must be {width} for codes of shape {tuple(codes.shape)}, got "
+            f"shape {tuple(x.shape)}."
+        )
+
+
+def _check_dequantize(codes, scale, dtype) -> None:
     _check_codes("dequantize", codes, scale)
     if not dtype.is_floating_point:
         raise TypeError(f"hf_gg::dequantize: dtype must be floating point, got {dtype}.")
+
+
+def _check_forward(x, codes, scale, bias) -> None:
+    _check_linear("linear", x, codes, scale, output=False)
+    if bias is not None and tuple(bias.shape) != (codes.shape[0],):
+        raise ValueError(f"hf_gg::linear: bias must have shape ({codes.shape[0]},), got {tuple(bias.shape)}.")
+    if bias is not None and (not bias.is_floating_point() or bias.device != codes.device):
+        raise TypeError(
+            f"hf_gg::linear: bias must be floating point and on {codes.device}, got {bias.dtype} on {bias.device}."
+        )
+
+
+def _check_grouped(x, codes, scale, offsets, transposed) -> None:
+    _check_codes("grouped_linear", codes, scale, ndim=3)
+    width = codes.shape[1 if transposed else 2]
+    _check_input("grouped_linear", x, codes)
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(
+            f"hf_gg::grouped_linear: the input must be floating point of shape [rows, {width}], got {tuple(x.shape)} "
+            f"in {x.dtype}."
+        )
+    if offsets.device != codes.device:
+        raise ValueError(
+            f"hf_gg::grouped_linear: the offsets are on {offsets.device}, the codes on {codes.device}: move them "
+            "together."
+        )
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"hf_gg::grouped_linear: offsets must be int32 or int64, got {offsets.dtype}.")
+    if offsets.shape != codes.shape[:1]:
+        raise ValueError(
+            f"hf_gg::grouped_linear: offsets must hold one end a group, {codes.shape[0]}, got {tuple(offsets.shape)}."
+        )
+
+
+def _dequantize(codes, scale, format, dtype, backend="auto"):
+    _check_dequantize(codes, scale, dtype)
     return backends.dequantize(codes, scale, get_format(format), dtype, backend)
 
 
@@ -73,13 +117,7 @@ def _linear(x, codes, scale, bias, format, backend="auto"):
     y = few_rows.linear(x, codes, scale, bias, format, backend)
     if y is not None:
         return y
-    _check_linear("linear", x, codes, scale, output=False)
-    if bias is not None and tuple(bias.shape) != (codes.shape[0],):
-        raise ValueError(f"hf_gg::linear: bias must have shape ({codes.shape[0]},), got {tuple(bias.shape)}.")
-    if bias is not None and (not bias.is_floating_point() or bias.device != codes.device):
-        raise TypeError(
-            f"hf_gg::linear: bias must be floating point and on {codes.device}, got {bias.dtype} on {bias.device}."
-        )
+    _check_forward(x, codes, scale, bias)
     return backends.linear(x, codes, scale, bias, get_format(format), backend)
 
 
@@ -89,24 +127,7 @@ def _linear_grad_input(grad, codes, scale, format, backend="auto"):
 
 
 def _grouped_linear(x, codes, scale, offsets, format, transposed=False, backend="auto"):
-    _check_codes("grouped_linear", codes, scale, ndim=3)
-    width = codes.shape[1 if transposed else 2]
-    if x.ndim != 2 or x.shape[1] != width or not x.is_floating_point():
-        raise ValueError(
-            f"hf_gg::grouped_linear: the input must be floating point of shape [rows, {width}], got {tuple(x.shape)} "
-            f"in {x.dtype}."
-        )
-    if x.device != codes.device or offsets.device != codes.device:
-        raise ValueError(
-            f"hf_gg::grouped_linear: the input is on {x.device}, the codes on {codes.device}, the offsets on "
-            f"{offsets.device}: move them together."
-        )
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"hf_gg::grouped_linear: offsets must be int32 or int64, got {offsets.dtype}.")
-    if offsets.shape != codes.shape[:1]:
-        raise ValueError(
-            f"hf_gg::grouped_linear: offsets must hold one end a group, {codes.shape[0]}, got {tuple(offsets.shape)}."
-        )
+    _check_grouped(x, codes, scale, offsets, transposed)
     return backends.grouped_linear(x, codes, scale, offsets, get_format(format), transposed, backend)
 
 
@@ -119,23 +140,29 @@ for _name, _function in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
+# The fakes check, too: they run wherever one tensor has no memory (a weight that was never loaded), and would hand out
+# memory that nobody wrote if another one has.
 @torch.library.register_fake("hf_gg::dequantize")
 def _(codes, scale, format, dtype, backend="auto"):
+    _check_dequantize(codes, scale, dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
 @torch.library.register_fake("hf_gg::linear")
 def _(x, codes, scale, bias, format, backend="auto"):
+    _check_forward(x, codes, scale, bias)
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @torch.library.register_fake("hf_gg::linear_grad_input")
 def _(grad, codes, scale, format, backend="auto"):
+    _check_linear("linear_grad_input", grad, codes, scale, output=True)
     return grad.new_empty(*grad.shape[:-1], codes.shape[1])
 
 
 @torch.library.register_fake("hf_gg::grouped_linear")
 def _(x, codes, scale, offsets, format, transposed=False, backend="auto"):
+    _check_grouped(x, codes, scale, offsets, transposed)
     return x.new_empty(x.shape[0], codes.shape[2 if transposed else 1])
 
 
@@ -151,7 +178,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.hf_gg.linear_grad_input(grad, codes, scale, ctx.format, ctx.backend)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None
 
 

@@ -48,8 +48,70 @@ def test_a_wrong_result_is_not_timed(layer):
     made = contenders.make("rf8", layer)
     x = torch.randn(3, 64).bfloat16()
     for wrong in (lambda x: made.layer(x) * 1.02, lambda x: made.layer(x) * torch.nan):
-        with pytest.raises(RuntimeError, match=r"rf8 is wrong for x \[3, 64\]: relative error"):
+        with pytest.raises(contenders.WrongResult, match=r"rf8 is wrong for x \[3, 64\]: relative error"):
             contenders.check("rf8", contenders.Made(wrong, made.weight, 1), layer, x)
+
+    def one_number(x):
+        y = made.layer(x)
+        y[2, 17] += 0.1 * y.float().square().mean().sqrt()
+        return y
+
+    layer = nn.Linear(64, 2048, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    made = contenders.make("rf8", layer)
+    contenders.check("rf8", made, layer, x)
+    with pytest.raises(contenders.WrongResult, match=r"of one number 0\.\d+, at most 0.05"):
+        contenders.check("rf8", contenders.Made(one_number, made.weight, 1), layer, x)
+
+
+@pytest.mark.parametrize("name", contenders.OURS)
+def test_ours_are_also_held_to_the_full_weight(name, layer):
+    made = contenders.make(name, layer)
+    other = contenders.Made(lambda x: 1.1 * made.layer(x), 1.1 * made.weight, 1)  # right about a wrong weight
+    with pytest.raises(contenders.WrongResult, match=f"{name} is wrong"):
+        contenders.check(name, other, layer, torch.randn(3, 64).bfloat16())
+
+
+def test_a_kernel_is_not_held_to_another_kernel(layer, monkeypatch):
+    real = contenders.ops.dequantize
+    monkeypatch.setattr(contenders.ops, "dequantize", lambda *arguments: 2 * real(*arguments))
+    made = contenders.make("rf8", layer)
+    assert contenders.check("rf8", made, layer, torch.randn(3, 64).bfloat16()) < 0.005
+
+
+def test_a_peer_that_is_wrong_is_listed_and_ours_end_the_run(layer, monkeypatch):
+    wrong = lambda layer: contenders.Made(lambda x: 2 * x @ layer.weight.T, None, 1)  # noqa: E731
+    monkeypatch.setitem(contenders.CONTENDERS, "peer", wrong)
+    rows = list(linear.measure(["small"], [1], ["peer", "rf8"], CPU, 3, 1.0, 1e9, lambda text: None))
+    reasons = {row["contender"]: row.get("reason") for row in rows}
+    assert "peer is wrong for x [1, 64]" in reasons["peer"] and reasons["rf8"] is None
+    monkeypatch.setitem(contenders.CONTENDERS, "rf8", wrong)
+    with pytest.raises(contenders.WrongResult, match="rf8 is wrong"):
+        list(linear.measure(["small"], [1], ["rf8"], CPU, 3, 1.0, 1e9, lambda text: None))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "size"),
+    [
+        ("bitsandbytes int8", "bitsandbytes", 24 * 64 + 24 * 4),
+        ("bitsandbytes nf4", "bitsandbytes", None),
+        ("torchao int8", "torchao", None),
+        ("torchao float8", "torchao", 24 * 64 + 24 * 4),
+        ("quanto qint8", "optimum.quanto", 24 * 64 + 24 * 2),
+        ("HQQ 8", "hqq", 24 * 64 + 2 * 24 * 2),
+    ],
+)
+def test_bytes_of_peers_count_their_scales(name, module, size, layer):
+    pytest.importorskip(module)
+    try:
+        made = contenders.make(name, layer)
+    except contenders.CannotRun as error:
+        pytest.skip(str(error))
+    if size is None:  # more than codes: scales a row with zero points, a byte a block of 64 with tables
+        codes = 24 * 64 // (2 if name.endswith("nf4") else 1)
+        assert codes + 24 < made.bytes < 2 * codes + 2048
+    else:
+        assert made.bytes == size
+    assert contenders.check(name, made, layer, torch.randn(3, 64).bfloat16()) < 0.15
 
 
 def test_what_cannot_run_is_listed_with_its_reason(monkeypatch):
@@ -153,6 +215,59 @@ def test_wrong_arguments(capsys):
     if not torch.cuda.is_available():
         assert main(["bench", "linear", "--device", "cuda"]) == 1
         assert "there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["linear", "--seconds", "-1"], 2, "-1 is not a positive number of seconds"),
+        (["linear", "--seconds", "nan"], 2, "nan is not a positive number"),
+        (["linear", "--threads", "0"], 2, "0 is not a positive number"),
+        (["linear", "--shapes", "5x5"], 2, "invalid choice: '5x5'"),
+        (["linear", "--contenders", "nobody"], 2, "invalid choice: 'nobody'"),
+        (["linear", "--device", "meta"], 1, "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        (["linear", "--device", "gpu"], 1, "--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["linear", "--plot", "roofline.doc"], 1, "a plot must be .png, .svg, .pdf, got 'roofline.doc'"),
+        (["linear", "--csv", "."], 1, "is a folder"),
+        (["linear", "--csv", "/dev/null/layers.csv"], 1, "/dev/null"),
+        (["linear", "--plot", "/dev/null/roofline.png"], 1, "/dev/null"),
+        (["model", "--plot", "roofline.png"], 1, "--plot draws layers"),
+        (["linear", "model", "--model", "./no-such-model"], 1, "no-such-model"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_measured(arguments, code, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(timing, "copy_rate", lambda device: pytest.fail("measured"))
+    assert main(["bench", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_no_file(monkeypatch, tmp_path, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(timing, "peak_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(linear, "in_turns", interrupted)
+    files = ["--csv", str(tmp_path / "layers.csv")]
+    assert main(["bench", "linear", "--shapes", "small", "--rows", "1", "--contenders", "rf8", *files]) == 130
+    assert capsys.readouterr().err == "hf-gg: interrupted\n" and not list(tmp_path.iterdir())
+
+
+def test_a_plot_of_what_takes_for_ever(tmp_path):
+    pytest.importorskip("matplotlib")
+    slow = {"shape": "small", "out": 24, "in": 64, "rows": 1, "contender": "rf8"}
+    (timed,) = [row for row in linear_rows_of_a_slow_layer() if row["contender"] == "rf8"]
+    assert timed["gb_s"] > 0 and timed["gflop_s"] > 0
+    plot.draw([{**slow, **timed}], 1e9, 1e11, tmp_path / "x.png", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def linear_rows_of_a_slow_layer() -> list[dict]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "in_turns", lambda functions, turns, warmup: dict.fromkeys(functions, [60.0] * turns))
+        return list(linear.measure(["small"], [1], ["rf8"], CPU, 3, 1.0, 1e9, lambda text: None))
 
 
 def test_a_load_that_fails_says_why(tmp_path):

@@ -1,11 +1,14 @@
 """Tokens a second of a tiny model, with its logits checked first, and its loads."""
 
+import time
+
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_gg import ops
-from hf_gg.bench import loading, models
+from hf_gg.bench import contenders, loading, models
 
 
 CPU = torch.device("cpu")
@@ -40,6 +43,37 @@ def test_a_wrong_model_is_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(ops, "linear", lambda *arguments: real(*arguments) * 1.1)
     with pytest.raises(RuntimeError, match="the model in rf8 is wrong: relative error of its logits"):
         list(models.measure(tiny, CPU, ("rf8",), 24, 4, 1, lambda text: None))
+
+
+def test_peers_in_a_whole_model(tiny, monkeypatch):
+    def breaks(layer):
+        raise ImportError("No module named 'nothing'")
+
+    def twice(layer):
+        return contenders.Made(lambda x: 2 * x @ layer.weight.T, None, 1)
+
+    def slow(layer):
+        def run(x):
+            time.sleep(0.03)
+            return x @ layer.weight.T
+
+        return contenders.Made(run, None, 1)
+
+    for name, make in (("breaks", breaks), ("twice", twice), ("slow", slow)):
+        monkeypatch.setitem(contenders.CONTENDERS, name, make)
+    tiny.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(64).bfloat16())
+    peers = ("float32", "torch int8pack", "breaks", "twice", "slow")
+    rows = list(models.measure(tiny, CPU, ("rf8",), 24, 4, 2, lambda text: None, peers, most_seconds=0.3))
+    found = {(row["what"], row["model"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * 7
+    sizes = {name: found["decode", name]["mib"] for name in ("bfloat16", "rf8", "float32", "torch int8pack")}
+    assert sizes["float32"] >= sizes["bfloat16"] >= sizes["torch int8pack"]
+    for what in ("prefill", "decode"):
+        assert found[what, "breaks"]["reason"] == "ImportError: No module named 'nothing'"
+        assert "twice is wrong for x [1, 64]" in found[what, "twice"]["reason"]
+        assert "it takes" in found[what, "slow"]["reason"]
+        for name in ("float32", "torch int8pack"):
+            assert found[what, name]["tokens_s"] > 0 and found[what, name]["error"] < 0.05
 
 
 @pytest.mark.slow

@@ -561,6 +561,13 @@ def test_broken_compiler(cache, switched, monkeypatch, tmp_path):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["cc 'unbalanced", "no-such-compiler", '""'])
+def test_a_compiler_that_is_no_command(cache, switched, monkeypatch, command):
+    monkeypatch.setenv("CC", command)
+    assert not cpu.available()
+    assert command in cpu.why_not()
+
+
 def test_turned_off(switched, monkeypatch):
     monkeypatch.setenv("HF_GG_CPU_KERNELS", "0")
     assert not cpu.available()

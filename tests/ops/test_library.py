@@ -1,6 +1,7 @@
 """The operators: values, gradients, what PyTorch demands of an operator, and errors."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.library import opcheck
 from hf_gg import ops
 from hf_gg.formats import FORMATS, get_format
 from hf_gg.ops import backends, few_rows
+from hf_gg.ops.cpu import boxed
 
 
 BACKENDS = ["torch", "cpu"]
@@ -265,7 +267,7 @@ def test_a_triton_kernel_that_does_not_compile(monkeypatch):
         with pytest.raises(RuntimeError, match=f"hf_gg::{name}: the Triton kernel x cannot be compiled"):
             call("triton")
     # on `auto` it is one warning, and the right result
-    monkeypatch.setattr(backends, "resolve", lambda name, device: "triton")
+    monkeypatch.setattr(backends, "resolve", lambda *arguments: "triton")
     monkeypatch.setattr(backends, "_failed", set())
     backends._fall_back.cache_clear()
     with pytest.warns(RuntimeWarning) as caught:
@@ -274,6 +276,97 @@ def test_a_triton_kernel_that_does_not_compile(monkeypatch):
     assert torch.allclose(first.double(), x.double() @ dense.T, atol=1e-5)
     assert torch.equal(ops.linear(x, codes, scale), first)
     backends._fall_back.cache_clear()
+
+
+def test_a_backend_asked_for_by_name_names_the_operator_and_what_it_takes(monkeypatch):
+    codes, scale, _ = make()
+    stacked, stacked_scale, _ = make(stack=(2,))
+    offsets = torch.tensor([1, 2], dtype=torch.int32)
+    calls = {
+        "linear": lambda backend, dtype: ops.linear(torch.ones(2, 40, dtype=dtype), codes, scale, backend=backend),
+        "dequantize": lambda backend, dtype: ops.dequantize(codes, scale, dtype=dtype, backend=backend),
+        "linear_grad_input": lambda backend, dtype: torch.ops.hf_gg.linear_grad_input(
+            torch.ones(2, 24, dtype=dtype), codes, scale, "rf8", backend
+        ),
+        "grouped_linear": lambda backend, dtype: ops.grouped_linear(
+            torch.ones(2, 40, dtype=dtype), stacked, stacked_scale, offsets, backend=backend
+        ),
+    }
+    for module in (backends.cpu, backends.triton_backend):
+        monkeypatch.setattr(module, "available", lambda: True)
+    for name, call in calls.items():
+        for backend in ("cpu", "triton"):
+            with pytest.raises(
+                TypeError,
+                match=f"hf_gg::{name}: backend '{backend}' takes float32, bfloat16, float16, got torch.float64",
+            ):
+                call(backend, torch.float64)
+        assert call("auto", torch.float64).dtype == torch.float64  # plain torch takes it
+    monkeypatch.setenv("HF_GG_BACKEND", "cpu")
+    with pytest.raises(TypeError, match="hf_gg::linear: backend 'cpu' takes"), torch.no_grad():
+        calls["linear"]("auto", torch.float64)
+    monkeypatch.setattr(backends.cpu, "available", lambda: False)
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"hf_gg::{name}: backend 'cpu' is not available"):
+            call("auto", torch.float32)
+    monkeypatch.setenv("HF_GG_BACKEND", "")  # as if it were not there
+    assert calls["linear"]("torch", torch.float32).shape == (2, 24)
+    assert backends.resolve("auto", torch.device("meta"), "linear", torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_without_memory_is_an_error_and_not_what_lies_in_memory(grad):
+    codes, scale, _ = make()
+    stacked, stacked_scale, _ = make(stack=(2,))
+    x, bias, offsets = torch.randn(2, 40), torch.ones(24), torch.tensor([1, 2], dtype=torch.int32)
+    with torch.set_grad_enabled(grad):
+        for index in range(4):
+            arguments = [x, codes, scale, bias]
+            arguments[index] = arguments[index].to("meta")
+            with pytest.raises((ValueError, TypeError), match=r"hf_gg::linear: .* on (meta|cpu)"):
+                ops.linear(*arguments)
+            arguments = [x, stacked, stacked_scale, offsets]
+            arguments[index] = arguments[index].to("meta")
+            with pytest.raises(ValueError, match=r"hf_gg::grouped_linear: .* on (meta|cpu)"):
+                ops.grouped_linear(*arguments)
+        for arguments in ((codes.to("meta"), scale), (codes, scale.to("meta"))):
+            with pytest.raises(ValueError, match=r"hf_gg::dequantize: codes are on"):
+                ops.dequantize(*arguments)
+            with pytest.raises(ValueError, match=r"hf_gg::linear_grad_input: codes are on"):
+                torch.ops.hf_gg.linear_grad_input(bias, *arguments, "rf8")
+        assert ops.linear(*(t.to("meta") for t in (x, codes, scale, bias))).shape == (2, 24)
+
+
+def test_8_bit_inputs_are_refused(backend):
+    codes, scale, _ = make()
+    with pytest.raises(TypeError, match="hf_gg::linear: the input must be float64, .*got torch.float8_e4m3fn"):
+        ops.linear(torch.ones(2, 40).to(torch.float8_e4m3fn), codes, scale, backend=backend)
+
+
+@pytest.mark.parametrize("offsets", [[2, 9], [-1, 5]])
+def test_offsets_past_the_rows_are_refused(backend, offsets):
+    codes, scale, _ = make(stack=(2,))
+    for transposed in (False, True):
+        arguments = (codes.mT, scale.mT) if transposed else (codes, scale)
+        with pytest.raises(ValueError, match="hf_gg::grouped_linear: offsets must lie in 0 to 5, the rows"):
+            ops.grouped_linear(torch.ones(5, 40), *arguments, torch.tensor(offsets), "rf8", transposed, backend)
+
+
+def test_widths_of_zero(backend):
+    codes, scale, _ = make()
+    bias = torch.ones(24, requires_grad=True)
+    x = torch.zeros(3, 2, 0, requires_grad=True)
+    y = ops.linear(x, codes[:, :0], scale, bias, backend=backend)
+    assert torch.equal(y, torch.ones(3, 2, 24))
+    y.sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(bias.grad, torch.full((24,), 6.0))
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, codes[:, :0], scale, bias, backend=backend), y)
+    x, bias = torch.ones(3, 2, 40, requires_grad=True), torch.ones(0, requires_grad=True)
+    y = ops.linear(x, codes[:0], scale[:0], bias, backend=backend)
+    assert y.shape == (3, 2, 0)
+    y.sum().backward()
+    assert not x.grad.any() and bias.grad.shape == (0,)
 
 
 # --- the short way of few rows on a CPU ---
@@ -297,6 +390,15 @@ def test_the_short_way_gives_what_the_long_way_gives(short_way, name, dtype):
                 torch.full(expected.shape, torch.nan, dtype=dtype)  # what the allocator hands out next holds NaN
                 found = few_rows.linear(x, codes, scale, bias, name, "auto")
                 assert found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_the_short_way_with_one_scale_a_matrix(short_way, rows):
+    codes, _, _ = make()
+    # what lies behind the one scale is not another
+    one, x = torch.tensor([[0.5], [torch.nan]]).repeat(12, 1)[:1], torch.randn(rows, 40)
+    expected = x.double() @ (get_format("rf8").decode(codes).double() * 0.5).T
+    assert torch.allclose(few_rows.linear(x, codes, one, None, "rf8", "auto").double(), expected, atol=1e-5)
 
 
 def test_the_short_way_declines(short_way, monkeypatch):
@@ -356,3 +458,32 @@ def test_the_short_way_under_compile(short_way, monkeypatch):
         found = compiled(x)
         assert taken  # by the graph
         assert torch.allclose(found, ops.linear(x.sin(), codes, scale).cos(), atol=1e-6)
+
+
+def test_the_short_way_is_not_recorded(short_way):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    codes, scale, dense = make()
+    x, more = torch.randn(2, 40), torch.randn(17, 40)
+    function = lambda x: ops.linear(x, codes, scale)  # noqa: E731
+    with torch.no_grad():
+        for recorded in (torch.jit.trace(function, (x,), check_trace=False), make_fx(function)(x)):
+            assert torch.allclose(recorded(more).double(), more.double() @ dense.T, atol=1e-5)
+
+
+def test_formats_have_one_number_each_however_many_threads_ask(short_way, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = []
+
+    class Slow:
+        def hf_gg_rf8_register_format(self, tables):
+            asked.append(tables)
+            time.sleep(0.01)
+            return len(asked) - 1
+
+    monkeypatch.setattr(boxed, "library", Slow)
+    monkeypatch.setattr(boxed, "_numbers", {})
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(boxed.format_number, [*FORMATS] * 4))
+    assert len(asked) == len(FORMATS) == len(set(found)) and found == found[: len(FORMATS)] * 4

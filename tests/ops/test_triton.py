@@ -109,3 +109,23 @@ def test_without_triton_or_a_device(case, reason):
     done = run_python("-c", textwrap.dedent(script), case, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     assert reason in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler."), OSError("no ptxas"), "triton"])
+def test_whatever_a_launch_raises_names_the_kernel_and_what_is_supported(error):
+    from triton.errors import TritonError
+
+    raised = TritonError("out of resource") if error == "triton" else error
+
+    class Kernel:
+        __name__ = "linear_kernel"
+
+        def __getitem__(self, programs):
+            def launch(*arguments, **options):
+                raise raised
+
+            return launch
+
+    with pytest.raises(triton.KernelError, match="kernel linear_kernel cannot be compiled or launched.*8.0 and newer"):
+        triton._launch(Kernel(), (1,), triton.Tiles(1, 1, 32, 1, 1), (torch.ones(1),))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -39,13 +40,19 @@ _DTYPES = ("uint8", "float32", "bfloat16", "float16")
 _VERSION = 2 << 56 | 13 << 48
 
 
-@functools.cache
+_lock = threading.Lock()
+_numbers: dict[str, int | None] = {}
+
+
 def format_number(name: str) -> int | None:
     """The number by which `hf_gg::few_rows` knows a format; None where there is no such kernel."""
-    if not _register():
-        return None
-    number = library().hf_gg_rf8_register_format(format_tables(get_format(name)))
-    return None if number < 0 else number
+    if name in _numbers:
+        return _numbers[name]
+    with _lock:  # Python's own is not held in C, where two threads would count up at once
+        if name not in _numbers:
+            number = library().hf_gg_rf8_register_format(format_tables(get_format(name))) if _register() else -1
+            _numbers[name] = None if number < 0 else number
+    return _numbers[name]
 
 
 @functools.cache

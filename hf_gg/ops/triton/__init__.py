@@ -362,7 +362,8 @@ def _launch(kernel, programs: tuple[int, ...], tiles: Tiles, arguments: tuple, *
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[programs](*arguments, **tiles.options, **constants)
-    except (TritonError, OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: no C compiler for the launcher, a failed pass, an error of the driver
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         raise KernelError(
             f"the Triton kernel {name} cannot be compiled or launched on {device} ({type(error).__name__}: "

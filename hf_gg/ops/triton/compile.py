@@ -8,19 +8,16 @@ Not usable in a process that runs Triton's interpreter (TRITON_INTERPRET=1).
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ...formats import FORMATS, WeightFormat, get_format
 from . import DTYPES
 from .config import Tiles, coder_tiles, decoding, narrow, tiles_for
-from .sass import inner_loop, tool
+from .sass import dump, inner_loop
 
 
 TARGETS = ("sm_80", "sm_90")
@@ -216,14 +213,7 @@ def _compile(kernel, variant: Variant, place: int | str) -> dict[str, int | str]
 
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers and stack bytes a thread from the machine code, or nothing where Triton came without the tool."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        try:
-            command = [tool("cuobjdump"), "--dump-resource-usage", str(path)]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (AttributeError, OSError, RuntimeError, subprocess.CalledProcessError):
-            return {}
+    text = dump("cuobjdump", cubin, "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return {"registers": int(match.group(1)), "spill_bytes": int(match.group(2))} if match else {}
 

@@ -16,11 +16,18 @@ _INTEGER = {
 _MATRIX = {"HMMA", "HGMMA", "IMMA", "QGMMA"}
 
 
-def tool(name: str) -> str:
-    """Path of one of NVIDIA's tools; `RuntimeError` or `AttributeError` where Triton came without it."""
-    from triton import knobs
+def dump(tool: str, cubin: bytes, *options: str) -> str:
+    """What one of NVIDIA's tools, which Triton brings, prints about machine code; `""` where there is no such tool."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        try:
+            from triton import knobs
 
-    return getattr(knobs.nvidia, name).path
+            command = [getattr(knobs.nvidia, tool).path, *options, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (AttributeError, OSError, RuntimeError, subprocess.CalledProcessError):
+            return ""
 
 
 def inner_loop(cubin: bytes) -> dict[str, int]:
@@ -31,15 +38,7 @@ def inner_loop(cubin: bytes) -> dict[str, int]:
         or a register into another one, which the compiler writes as a multiplication by zero). Empty where there is
         no disassembler or no such loop.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        try:
-            command = [tool("nvdisasm"), "-c", str(path)]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (AttributeError, OSError, RuntimeError, subprocess.CalledProcessError):
-            return {}
-    loop = _largest_loop(text)
+    loop = _largest_loop(dump("nvdisasm", cubin, "-c"))
     if not loop:
         return {}
     moves = [line for line in loop if re.match(r"MOV |IMAD(\.MOV)?(\.U32)? \w+(\.reuse)?, RZ, RZ, ", line)]
