@@ -225,7 +225,7 @@ def check_grouped(x, codes, scale, ends, name, transposed, device):
     weight = weight.mT if transposed else weight
     expected = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64)
     magnitude, start = expected.clone(), 0
-    for group, end in enumerate(ends):
+    for group, end in enumerate(max(end, 0) for end in ends):
         expected[start:end] = x[start:end].double() @ weight[group].T
         magnitude[start:end] = x[start:end].double().abs() @ weight[group].abs().T
         start = max(start, end)
@@ -255,6 +255,12 @@ def test_grouped_linear(transposed, per_k, dtype, device):
         along_out = transposed == per_k
         scale = random_scale(groups, codes.shape[1], 1) if along_out else random_scale(groups, 1, codes.shape[2])
         check_grouped(random(ends[-1] + 3, inner, dtype=dtype), codes, scale, ends, name, transposed, device)
+
+
+def test_ends_past_the_rows_write_nothing_else(device):
+    codes, scale = random_codes("rf8", 3, 20, 40), random_scale(3, 20, 1)
+    for ends in ([2, 9, 40], [7, 5, 5], [-3, 2, 2**30]):
+        check_grouped(random(5, 40), codes, scale, ends, "rf8", False, device)
 
 
 def test_grouped_operands_that_do_not_fit(device):

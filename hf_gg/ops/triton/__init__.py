@@ -183,7 +183,8 @@ def grouped_linear(
         x: float32, bfloat16 or float16 [rows, in], sorted by group, any strides.
         codes: uint8 [groups, out, in], or [groups, in, out] if `transposed`.
         scale: float32 [groups, a, 1] or [groups, 1, b], a and b as in the codes or 1.
-        offsets: int32 or int64 [groups], the row at which each group ends. Rows past the last one give zeros.
+        offsets: int32 or int64 [groups], the row at which each group ends. Rows past the last one give zeros. They are
+            not read back to be checked: an end past the rows is taken for the last row.
         format: a weight format or its name.
         transposed: orientation of the codes.
 
@@ -217,7 +218,7 @@ def grouped_linear(
         kernels.grouped_kernel,
         (_blocks(rows, tiles.m) + groups, _blocks(outer, tiles.n)),
         tiles,
-        (x, codes, scale, offsets, y, groups, outer, inner, *x.stride(), *codes.stride(), *scale.stride()),
+        (x, codes, scale, offsets.clamp(0, rows), y, groups, outer, inner, *x.stride(), *codes.stride(), *scale.stride()),
         UPCAST=_upcast(kernels, x.dtype),
         EVEN=even,
         SCALE_PER_K=per_k,
