@@ -151,6 +151,11 @@ def test_other_errors(source, text, tmp_path, capsys):
     LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "bare")
     run(tmp_path / "bare", "-o", tmp_path / "b", "--calibrate", text, *SMALL, code=1)
     assert "needs the model's tokenizer" in capsys.readouterr().err
+    for name in ("user/model", "nobody"):  # the hub is switched off in these tests
+        run(name, "-o", tmp_path / "b", code=1)
+        assert f"{name} is no folder here and cannot be had from the hub" in capsys.readouterr().err
+    run("no name", "-o", tmp_path / "b", code=1)
+    assert "'no name' is no folder or file here, and no name on the hub" in capsys.readouterr().err
     for words in (["--sequences", "32"], ["--work", tmp_path / "w"], ["--damping", "0.5"]):
         run(source, "-o", tmp_path / "b", *words, code=1)
         assert "is of a calibration: name its text with --calibrate" in capsys.readouterr().err
