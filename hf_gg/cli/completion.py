@@ -15,7 +15,11 @@ import json
 
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 # Arguments by the name of their place: what completes them.
-_FOLDERS, _FILES = {"out", "output_dir"}, {"model", "output", "plot", "html", "file", "evaluation", "calibrate"}
+_FOLDERS = {"out", "output_dir", "include_path", "work"}
+_FILES = {
+    *("model", "against", "tokenizer", "base"),
+    *("text", "output", "plot", "html", "file", "evaluation", "calibrate"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

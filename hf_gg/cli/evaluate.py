@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--metrics, --documents, --tokens, --window and --stride are of texts: name some with --text."
         )
+    if not args.tasks and (args.include_path or args.limit is not None or args.num_fewshot is not None):
+        raise ValueError("--include-path, --limit and --num-fewshot are of tasks: name some with --tasks.")
     import transformers
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -85,9 +87,10 @@ def run(args: argparse.Namespace) -> None:
     document = evaluate(args, documents)
     document["seconds"] = round(time.time() - start, 1)
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    # first, so that the figures are there if the file cannot be written
+    print(text.rstrip() if args.json else as_text(document), flush=True)
     if args.output is not None:
         write_whole(args.output, text.encode())
-    print(text.rstrip() if args.json else as_text(document))
 
 
 def _documents(args: argparse.Namespace):
@@ -115,11 +118,15 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
     from tqdm import tqdm
 
     from ..evaluation.models import load_model, load_tokenizer, same_tokens
-    from ..evaluation.tasks import evaluate_tasks
-    from ..evaluation.texts import evaluate_texts
+    from ..evaluation.tasks import evaluate_tasks, task_manager
+    from ..evaluation.texts import check_metrics, evaluate_texts
     from ..integrations.cards import fingerprint
     from ..integrations.folders import find
 
+    # what a slip of the pen can get wrong comes before what takes time
+    if documents is not None:
+        check_metrics(args.metrics, args.against is not None)
+    manager = task_manager(args.tasks, args.include_path, args.limit) if args.tasks else None
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if tokenizer is None and args.tokenizer is not None:
         raise ValueError(f"{args.tokenizer} has no tokenizer.")
@@ -163,6 +170,7 @@ def evaluate(args: argparse.Namespace, documents) -> dict[str, Any]:
             "num_fewshot": args.num_fewshot,
             "batch_size": args.batch_size,
             "progress": sys.stderr.isatty(),
+            "manager": manager,
         }
         tasks = evaluate_tasks(model, tokenizer, args.tasks, **options)
         tasks["base_results"] = (

@@ -62,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # a full disk is an error of the command, and not of Python's exit
+        return code
     except KeyboardInterrupt:
         print("hf-gg: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hf-gg … | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what is buffered must not be written at exit)
+        _leave_output()
         return 0
     except Exception as error:
         if args.debug:
@@ -76,7 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)):
             message = f"unexpected {type(error).__name__}: {message} (--debug shows where)"
         print(f"hf-gg {args.command}: error: {message}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_output()
         return 1
+
+
+def _leave_output() -> None:
+    """What is buffered and cannot be written is not tried again at exit."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def build_parser(load: Collection[str] = ()) -> argparse.ArgumentParser:

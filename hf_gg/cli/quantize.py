@@ -19,6 +19,9 @@ from typing import Any
 from .compress import add_common_arguments, show, summary, write
 
 
+_OF_CALIBRATION = ("tokens", "sequences", "damping", "seed", "work")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
     parser.add_argument("model", metavar="MODEL", help="name on the hub, folder, GGUF file")
@@ -46,6 +49,9 @@ def run(args: argparse.Namespace) -> int | None:
     from ..integrations.compression import compress, quantization_of
     from ..integrations.transformers import GGConfig
 
+    given = [name for name in _OF_CALIBRATION if getattr(args, name) != args.parser.get_default(name)]
+    if given and args.calibrate is None:
+        raise ValueError(f"--{given[0]} is of a calibration: name its text with --calibrate.")
     targets = {"target_bits": args.target_bits, "target_snr": args.target_snr}
     options: dict[str, Any] = {key: value for key, value in targets.items() if value is not None}
     out = args.out.absolute()

@@ -13,7 +13,7 @@ from .documents import Document, read_documents
 from .local_tasks import write_mmlu_dev
 from .measures import Figures, token_figures
 from .metrics import METRICS, metric_path
-from .tasks import evaluate_tasks
+from .tasks import evaluate_tasks, task_manager
 from .texts import TextResult, evaluate_texts
 from .windows import strided
 
@@ -30,6 +30,7 @@ __all__ = [
     "metric_path",
     "read_documents",
     "strided",
+    "task_manager",
     "token_figures",
     "write_mmlu_dev",
 ]

@@ -86,6 +86,8 @@ def _read_file(path: Path, field: str) -> list[Document]:
         if not isinstance(text, str):
             keys = f"has the fields {', '.join(map(str, value))}" if isinstance(value, dict) else "is no object"
             raise ValueError(f"{where} has no text in {field!r} (it {keys}): name the field with --field.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{where} has half of a character (an escape such as \\ud83d alone): write it as UTF-8.")
         if text.strip():
             documents.append(Document(f"{path.name}:{number}", text))
     if not documents:

@@ -70,19 +70,9 @@ def same_tokens(one, other) -> bool:
 
 
 def _where(name: str) -> tuple[Path, dict]:
-    try:
-        path = find(name)
-    except OSError as error:
-        raise OSError(
-            f"{name} is no folder here and cannot be had from the hub ({_first_line(error)}): check the name and the "
-            "network, or download it and give the folder."
-        ) from error
+    path = find(name)
     if path.is_dir():
         return path, {}
     if path.suffix != ".gguf":
         raise ValueError(f"{name} is no model: give a folder, a GGUF file, or a name on the hub.")
     return path.parent, {"gguf_file": path.name}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

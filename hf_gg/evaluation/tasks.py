@@ -22,8 +22,9 @@ def evaluate_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
-    seed: int = 1234,
+    seed: int | None = None,
     progress: bool = True,
+    manager: Any = None,
 ) -> dict[str, Any]:
     """Run tasks as `lm_eval --model hf` does.
 
@@ -35,8 +36,9 @@ def evaluate_tasks(
         limit: questions of each task; None for all.
         num_fewshot: examples before each question; None for what the task says.
         batch_size: questions at a time.
-        seed: of whatever lm_eval draws.
+        seed: of whatever lm_eval draws; None for its own, so that its command draws the same.
         progress: show lm_eval's progress bars.
+        manager: of `task_manager`, where it is there already.
 
     Returns:
         `results`: task → metric → `value`, `stderr` (None where lm_eval gives none), `higher_is_better`; `samples`:
@@ -47,14 +49,12 @@ def evaluate_tasks(
         ValueError: no such task (near names are given), no such folder.
         OSError: a task's data cannot be had.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError("Tasks need lm-evaluation-harness: pip install 'hf-gg[eval]'.") from error
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 question, got {limit}.")
-    manager = _manager(list(tasks), include_path)
+    if manager is None:
+        manager = task_manager(tasks, include_path, limit)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with contextlib.redirect_stdout(sys.stderr):  # what is printed here is no result
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
         for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -68,16 +68,10 @@ def evaluate_tasks(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                **({} if seed is None else dict.fromkeys(seeds, seed)),
             )
         except OSError as error:
-            raise OSError(
-                f"The data of {', '.join(tasks)} cannot be had ({_first_line(error)}): check the network and the "
-                "paths in the task's file, or run it once with a network, which fills the cache."
-            ) from error
+            raise _no_data(tasks, error) from error
     assert found is not None  # None in other processes than the first only
     return {
         "results": {task: _metrics(task, values, found) for task, values in found["results"].items()},
@@ -85,6 +79,36 @@ def evaluate_tasks(
         "versions": {task: version for task, version in found["versions"].items() if version is not None},
         "lm_eval": metadata.version("lm_eval"),
     }
+
+
+def task_manager(tasks: Sequence[str], include_path: str | Path | None = None, limit: int | None = None) -> Any:
+    """lm_eval's `TaskManager` for tasks that are there, with data that can be had.
+
+    Args:
+        tasks, include_path, limit: as in `evaluate_tasks`.
+
+    Raises:
+        ImportError, ValueError, OSError: as there.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 question, got {limit}.")
+    try:
+        manager = _manager(list(tasks), include_path)
+    except ImportError as error:
+        raise ImportError("Tasks need lm-evaluation-harness: pip install 'hf-gg[eval]'.") from error
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            manager.load(list(tasks))
+    except OSError as error:
+        raise _no_data(tasks, error) from error
+    return manager
+
+
+def _no_data(tasks: Sequence[str], error: OSError) -> OSError:
+    return OSError(
+        f"The data of {', '.join(tasks)} cannot be had ({_first_line(error)}): check the network and the paths in the "
+        "task's file, or run it once with a network, which fills the cache."
+    )
 
 
 def _manager(tasks: list[str], include_path: str | Path | None):

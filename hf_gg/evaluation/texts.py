@@ -96,7 +96,7 @@ def evaluate_texts(
         ValueError: an unknown metric, or one that needs a base; a window that the model or the texts are too short
             for; another vocabulary; logits with NaN. The document is named.
     """
-    wanted = _check_metrics(metrics, base is not None)
+    wanted = check_metrics(metrics, base is not None)
     window, stride = _check_window(model, base, window, stride)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, one to predict and one before it, got {max_tokens}.")
@@ -132,7 +132,12 @@ def evaluate_texts(
     )
 
 
-def _check_metrics(metrics: Sequence[str] | None, has_base: bool) -> list[str]:
+def check_metrics(metrics: Sequence[str] | None, has_base: bool) -> list[str]:
+    """The names of the metrics that are wanted, all that can be had if `metrics` is None.
+
+    Raises:
+        ValueError: an unknown one, one that needs a base, or none.
+    """
     if metrics is None:
         return [name for name, needs_base in TEXT_METRICS.items() if has_base or not needs_base]
     for name in metrics:

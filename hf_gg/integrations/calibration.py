@@ -37,7 +37,8 @@ class Calibration:
     """A text to calibrate on, and how.
 
     Attributes:
-        texts: the texts; or a file: `.jsonl`, an object with `text` or a string a line; any other is one text.
+        texts: the texts; or a file: `.jsonl` or `.ndjson`, an object with `text` or a string a line; any other is one
+            text.
         tokens: length of a window.
         sequences: windows.
         damping: added to the diagonal of the inputs' second moments, relative to its mean: what the text did not say.
@@ -270,7 +271,8 @@ def read_texts(source: str | os.PathLike | Sequence[str]) -> list[str]:
     if not path.is_file():
         raise ValueError(f"calibration: there is no file {path}. (Texts themselves are given as a list.)")
     try:
-        texts = list(_lines(path)) if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]
+        lines = path.suffix.lower() in (".jsonl", ".ndjson")
+        texts = list(_lines(path)) if lines else [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:
         raise ValueError(f"calibration: {path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
     if not any(text.strip() for text in texts):
@@ -279,17 +281,21 @@ def read_texts(source: str | os.PathLike | Sequence[str]) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"calibration: line {number} of {path} is no JSON ({error}).") from error
             text = value.get("text") if isinstance(value, dict) else value
             if not isinstance(text, str):
                 raise ValueError(
                     f"calibration: line {number} of {path} must be a string or an object with a string `text`."
+                )
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(
+                    f"calibration: line {number} of {path} has half of a character (an escape such as \\ud83d alone)."
                 )
             yield text

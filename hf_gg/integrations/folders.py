@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from .saving import lock_folder
 
@@ -29,18 +30,27 @@ def find(model: str) -> Path:
     """The path of a model: a folder, a file, or a name on the hub, which is downloaded.
 
     Raises:
-        ValueError: there is no such thing.
+        ValueError: there is no such thing, or a name that none can have. OSError: the hub does not give it.
     """
     path = Path(model)
     if path.exists():
         return path
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors", ".bin"):
         raise ValueError(f"{model} does not exist: give a folder, a file, or the name of a model on the hub.")
-    folder = Path(snapshot_download(model, ignore_patterns=[*_OTHER_WEIGHTS, "*.gguf"]))
-    if not any(folder.glob("*.safetensors")):
-        folder = Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", "*.py", "pytorch_model*"])
-        )
+    try:
+        folder = Path(snapshot_download(model, ignore_patterns=[*_OTHER_WEIGHTS, "*.gguf"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", "*.py", "pytorch_model*"])
+            )
+    except HFValidationError as error:
+        raise ValueError(f"{model!r} is no folder or file here, and no name on the hub ({error})") from error
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{model} is no folder here and cannot be had from the hub ({reason.rstrip('.')}): check the name and the "
+            "network, or download it and give the folder."
+        ) from error
     return folder
 
 

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_token, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status, validate_repo_id
 
 from .cards import Facts, Marker, base_of, collect, marker_of, may_replace, read_evaluation, read_license, write_card
 from .folders import weight_files
@@ -156,13 +156,17 @@ def publish(
     check_name(name)
     if not (api.token or get_token()):
         raise ValueError("There is no token for the hub: run `hf auth login`, or set HF_TOKEN to one that may write.")
-    _check_card(_read(folder / _CARD), str(folder / _CARD), overwrite_card)
+    own = _read(folder / _CARD)
+    _check_card(own, str(folder / _CARD), overwrite_card)
     with _Errors(name, create_pr):
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
-        existing, remote = _look(api, repository, revision, private)
+        existing, remote, head = _look(api, repository, revision, private)
         _check_card(existing, f"the card of {repository}", overwrite_card)
-        card = write_card(facts, repository, existing if existing is not None and may_replace(existing) else None)
+        card = write_card(
+            facts, repository, [card for card in (own, existing) if card is not None and may_replace(card)]
+        )
         additions = _additions(folder, card)
+        _check_metadata(api, card)
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -178,12 +182,15 @@ def publish(
                 commit_message=message or f"Upload {facts.quantization.get('weight_format')} weights by hf-gg",
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=head,  # of a card that somebody writes while files are uploaded nothing is lost
             )
 
         def look_again() -> None:
             # the commit may have arrived and only the answer not: then there is nothing left to do
-            nonlocal additions, remote
-            additions, remote = _additions(folder, card), _look(api, repository, revision, private)[1]
+            nonlocal additions, remote, head
+            additions = _additions(folder, card)
+            found, remote, head = _look(api, repository, revision, private)
+            _check_card(found, f"the card of {repository}", overwrite_card)
 
         _again(upload, tell, wait)
         deleted = _old_weights(remote, additions)
@@ -224,8 +231,10 @@ def _old_weights(remote: list[str], additions: list[CommitOperationAdd]) -> list
     return sorted(file for file in remote if _WEIGHTS.fullmatch(file) and file not in new)
 
 
-def _look(api: HfApi, repository: str, revision: str | None, private: bool) -> tuple[str | None, list[str]]:
-    """The card and the files of a repository at a revision: None and none where there is nothing yet.
+def _look(
+    api: HfApi, repository: str, revision: str | None, private: bool
+) -> tuple[str | None, list[str], str | None]:
+    """The card, the files and the commit of a repository at a revision: None, none, None where there is nothing yet.
 
     Raises:
         ValueError: it is public, and a private one is wanted.
@@ -235,7 +244,7 @@ def _look(api: HfApi, repository: str, revision: str | None, private: bool) -> t
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        return None, []
+        return None, [], None
     if private and not info.private:
         raise ValueError(f"{repository} is there and public: make it private in its settings, or give another name.")
     if revision is not None:
@@ -243,9 +252,9 @@ def _look(api: HfApi, repository: str, revision: str | None, private: bool) -> t
             info = api.model_info(repository, revision=revision)
     files = [sibling.rfilename for sibling in info.siblings or []]
     if _CARD not in files:
-        return None, files
+        return None, files, info.sha
     path = api.hf_hub_download(repository, _CARD, revision=info.sha)
-    return Path(path).read_text(encoding="utf-8"), files
+    return Path(path).read_text(encoding="utf-8", errors="replace"), files, info.sha
 
 
 def _check_card(card: str | None, where: str, overwrite: bool) -> None:
@@ -254,6 +263,26 @@ def _check_card(card: str | None, where: str, overwrite: bool) -> None:
             f"{where} was written or edited by hand, and would be lost: --overwrite-card replaces it. Nothing was "
             "published."
         )
+
+
+def _check_metadata(api: HfApi, card: str) -> None:
+    """Raise a `ValueError` if the hub does not take the metadata of a card; it would say so after the large files."""
+    answer = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"content": card, "repoType": "model"},
+        headers=build_hf_headers(token=api.token),
+    )
+    if answer.status_code != 400:
+        hf_raise_for_status(answer)
+        return
+    try:
+        reasons = [str(error["message"]) for error in answer.json()["errors"]]
+    except (ValueError, KeyError, TypeError):
+        reasons = ["no reason was given"]
+    raise ValueError(
+        f"The hub does not take the card's metadata ({'; '.join(reasons)}): --license and --base are for names that "
+        "it knows, other keys are those of the card that is there. Nothing was published."
+    )
 
 
 def _read(file: Path) -> str | None:
@@ -306,12 +335,24 @@ class _Errors:
                 f"again. {state}"
             ) from error
         if isinstance(error, HfHubHTTPError):
-            status = getattr(error.response, "status_code", None)
-            if status in (401, 403):
-                remedy = "the token may not write there: `hf auth login` with one that may, or another name"
-            else:
-                remedy = f"it answered {status}: try again later"
-            raise OSError(f"{self.name} was refused by the hub ({_first_line(error)}): {remedy}. {state}") from error
+            status = error.response.status_code
+            said = " ".join((error.server_message or "").split())
+            reason = f"{_first_line(error)}{f' {said}' if said and said not in _first_line(error) else ''}"
+            raise OSError(
+                f"{self.name} was refused by the hub ({reason}): {_remedy(error, status)}. {state}"
+            ) from error
+
+
+def _remedy(error: HfHubHTTPError, status: int) -> str:
+    if status in (401, 403):
+        return "the token may not write there: `hf auth login` with one that may, or another name"
+    if isinstance(error, RevisionNotFoundError):
+        return "a pull request is opened against a branch that is there: give another --revision"
+    if status in (409, 412):
+        return f"it answered {status}, somebody else has changed it meanwhile: push again"
+    if status in (408, 429) or status >= 500:
+        return f"it answered {status}: try again later"
+    return f"it answered {status}, and would again: change what it names"
 
 
 def _first_line(error: BaseException) -> str:

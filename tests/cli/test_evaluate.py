@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -115,6 +117,47 @@ def test_the_lm_eval_command_itself(place, tmp_path, capsys):
     assert theirs["acc,none"] == found["results"][task]["acc"]["value"]
 
 
+def test_figures_are_printed_though_the_file_cannot_be_written(place, tmp_path, capsys, monkeypatch):
+    """A disk that is full after hours of measuring."""
+
+    def no_space(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_gg.cli.evaluate.write_whole", no_space)
+    words = [place / "rf8", "--text", place / "texts.jsonl", "--json", "--output", tmp_path / "eval.json"]
+    assert main(["eval", *map(str, words)]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["texts"]["metrics"]["perplexity"]["value"] > 1 and "No space left" in err
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_one_question(place, tmp_path, capsys, limit):
+    """Which has no standard error."""
+    pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install hf-gg[eval]")
+    from hf_gg.evaluation import write_mmlu_dev
+
+    task = write_mmlu_dev(tmp_path / "tasks")
+    words = ["--tasks", task, "--include-path", tmp_path / "tasks", "--limit", limit]
+    assert main(["eval", *map(str, [place / "rf8", *words]), "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)["tasks"]["results"][task]["acc"]
+    assert (entry["stderr"] is None) == (limit == 1) and entry["value"] in (0, 0.5, 1)
+
+
+def test_what_is_drawn_is_what_the_lm_eval_command_draws(place, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install hf-gg[eval]")
+    import lm_eval
+
+    from hf_gg.evaluation import evaluate_tasks, write_mmlu_dev
+
+    task, given = write_mmlu_dev(tmp_path / "tasks"), []
+    run = lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: given.append(options) or run(**options))
+    for seed in (None, 5):
+        evaluate_tasks(model(), tokenizer(), [task], tmp_path / "tasks", limit=2, progress=False, seed=seed)
+    assert not any("seed" in name for name in given[0]), "its own: 0 for random, 1234 for the others"
+    assert {value for name, value in given[1].items() if "seed" in name} == {5}
+
+
 def refused(capsys, *words) -> str:
     assert main(["eval", *map(str, words)]) == 1
     out, err = capsys.readouterr()
@@ -136,6 +179,7 @@ def test_refused_before_a_model_is_loaded(place, tmp_path, capsys):
     assert "no config.json" in refused(capsys, tmp_path, "--text", texts, "--tokenizer", place / "base")
     assert "has no tokenizer" in refused(capsys, tmp_path, "--text", texts)
     assert "dtype must be" in refused(capsys, place / "rf8", "--text", texts, "--dtype", "int8")
+    assert "name some with --tasks" in refused(capsys, place / "rf8", "--text", texts, "--limit", 3)
 
 
 def test_refused_names_of_metrics_and_tasks(place, tmp_path, capsys):
@@ -144,6 +188,19 @@ def test_refused_names_of_metrics_and_tasks(place, tmp_path, capsys):
     assert "--against" in refused(capsys, place / "rf8", "--text", texts, "--metrics", "kl")
     pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install hf-gg[eval]")
     assert "is no folder" in refused(capsys, place / "rf8", "--tasks", "x", "--include-path", tmp_path / "none")
+
+
+def test_names_are_looked_at_before_anything_is_measured(place, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install hf-gg[eval]")
+    monkeypatch.setattr("hf_gg.evaluation.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    given = [place / "rf8", "--text", place / "texts.jsonl"]
+    own = ["--include-path", tmp_path]
+    (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\ntest_split: test\n")
+    assert "is no metric" in refused(capsys, *given, "--metrics", "bleu")
+    assert "cannot be had" in refused(capsys, *given, "--tasks", "far", *own)
+    assert "at least 1 question" in refused(capsys, *given, "--tasks", "far", *own, "--limit", 0)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.all_tasks", ["hellaswag"])
+    assert "near it: hellaswag" in refused(capsys, *given, "--tasks", "helaswag", *own)
 
 
 @pytest.mark.slow

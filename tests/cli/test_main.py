@@ -68,6 +68,20 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err == "hf-gg: interrupted\n"
 
 
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_results_that_cannot_be_written_are_an_error(size):
+    """As with a full disk; also what is only written when Python ends."""
+    code = (
+        "import sys, hf_gg.cli.completion as c; from hf_gg.cli import main; "
+        f"c.run = lambda args: print('x' * {size}); sys.exit(main(['completion', 'bash']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "hf-gg completion: error: " in done.stderr, done.stderr
+    assert "No space left on device" in done.stderr
+
+
 def complete(script, *words):
     """What bash offers for the last word."""
     line = " ".join(words)

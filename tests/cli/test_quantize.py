@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,13 +118,19 @@ def test_calibrated(source, text, tmp_path, capsys):
         ('"w3"\n{"text"\n', "line 2 of"),
         ('{"words": "w3"}\n', "line 1 of"),
         ('"w3 w4"\n', "2 tokens, and a window takes 40"),
+        ('"w3"\n"\\ud83d"\n', "line 2 of .* has half of a character"),
+        ("[" * 100_000, "line 1 of .* no JSON"),
     ],
 )
 def test_bad_texts(source, tmp_path, capsys, lines, message):
     (tmp_path / "text.jsonl").write_text(lines)
     run(source, "-o", tmp_path / "out", "--calibrate", tmp_path / "text.jsonl", *SMALL, code=1)
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith("hf-gg quantize: error: calibration:")
+    assert (
+        re.search(message, error)
+        and error.count("\n") == 1
+        and error.startswith("hf-gg quantize: error: calibration:")
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
@@ -144,7 +151,24 @@ def test_other_errors(source, text, tmp_path, capsys):
     LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "bare")
     run(tmp_path / "bare", "-o", tmp_path / "b", "--calibrate", text, *SMALL, code=1)
     assert "needs the model's tokenizer" in capsys.readouterr().err
+    for name in ("user/model", "nobody"):  # the hub is switched off in these tests
+        run(name, "-o", tmp_path / "b", code=1)
+        assert f"{name} is no folder here and cannot be had from the hub" in capsys.readouterr().err
+    run("no name", "-o", tmp_path / "b", code=1)
+    assert "'no name' is no folder or file here, and no name on the hub" in capsys.readouterr().err
+    for words in (["--sequences", "32"], ["--work", tmp_path / "w"], ["--damping", "0.5"]):
+        run(source, "-o", tmp_path / "b", *words, code=1)
+        assert "is of a calibration: name its text with --calibrate" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["text.ndjson", "TEXT.JSONL", "text.json"])
+def test_lines_by_other_names(source, text, tmp_path, name, capsys):
+    """A byte order mark is no text; what does not say that it holds lines is one text."""
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    run(source, "-o", tmp_path / "a", "--calibrate", text, *SMALL)
+    run(source, "-o", tmp_path / "b", "--calibrate", tmp_path / name, *SMALL)
+    assert same(tmp_path / "a", tmp_path / "b") == (name != "text.json")
 
 
 def test_a_place_that_cannot_be_written(source, text, tmp_path, capsys):

@@ -43,6 +43,7 @@ def test_speeches():
         ("a.jsonl", b'{"txt": "a"}', r"no text in 'text' \(it has the fields txt\).*--field"),
         ("a.jsonl", b"3", "is no object"),
         ("a.jsonl", b'{"text": ""}', "no document with text"),
+        ("a.jsonl", b'"a"\n"\\ud83d"', "line 2 of .* has half of a character"),
     ],
 )
 def test_bad_files(tmp_path, name, content, words):

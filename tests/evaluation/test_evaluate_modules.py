@@ -37,6 +37,14 @@ def test_flip_rate(tmp_path):
     assert metric.compute()["flip_rate"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_nothing_to_measure_is_an_error(tmp_path, name):
+    """And no NaN."""
+    given = {"data": []} if name == "bits_per_weight" else {"predictions": [], "references": []}
+    with pytest.raises(ValueError, match="There are no"):
+        load(name, tmp_path).compute(**given)
+
+
 def test_kl_to_reference(tmp_path):
     metric = load("kl_to_reference", tmp_path)
     logits, reference = torch.randn(9, 4).double(), torch.randn(9, 4).double()

@@ -27,6 +27,7 @@ class Hub:
         troubles: what to do to the next request whose method and path begin with this: "cut" the connection in the
             middle of its body, "lose" the answer after it was served, or answer with a status. Used up one by one.
         tokens: that may write.
+        bad_words: that no card's metadata may have.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Hub:
         self.commits: list[tuple[str, str]] = []
         self.troubles: list[tuple[str, str, str | int]] = []
         self.tokens = {"hf_test"}
+        self.bad_words: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         hub = self
@@ -145,7 +147,10 @@ class Hub:
         if path == "/api/whoami-v2":
             return as_json({"name": "user", "type": "user", "orgs": []})
         if path == "/api/validate-yaml":
-            return as_json({"errors": [], "warnings": []})
+            refused = [
+                {"message": f'"{word}" must be one of [...]'} for word in self.bad_words if word in body.decode()
+            ]
+            return as_json({"errors": refused, "warnings": []}, 400 if refused else 200)
         if path == "/api/repos/create":
             wanted = json.loads(body)
             repo = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
@@ -187,6 +192,9 @@ class Hub:
         if api and rest.startswith("/preupload/"):
             return as_json({"files": [self.mode(f["path"], files) for f in json.loads(body)["files"]]})
         if api and rest.startswith("/commit/"):
+            parent = json.loads(body.split(b"\n")[0])["value"].get("parentCommit")
+            if parent not in (None, self.commit(files)) and "create_pr=1" not in query:
+                return as_json({"error": "A commit has happened since. Please refresh and try again."}, 412)
             return as_json(self.take_commit(repo, revision, files, body, "create_pr=1" in query))
         if api and rest.startswith("/tree/"):
             return as_json(

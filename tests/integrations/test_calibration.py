@@ -161,6 +161,7 @@ def test_more_windows_than_runs():
 
 
 def test_experts_with_few_tokens_are_rounded_plainly_and_listed(monkeypatch):
+    assert calibrating.TOKENS_PER_INPUT == 0.25, "the documentation says a quarter"
     monkeypatch.setattr(calibrating, "TOKENS_PER_INPUT", 2.2)
     model = FAMILIES["mixtral"].model()
     plain = quantize_(FAMILIES["mixtral"].model(), GGConfig())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_gg import GGConfig, quantize_
+from hf_gg import Calibration, GGConfig, quantize_
 from hf_gg.integrations.cards import Marker, base_of, collect, may_replace, read_license, read_marker, write_card
 from hf_gg.integrations.cards.marker import sign
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))  # where the small tokenizer is
+from toy import TEXTS, tokenizer
 
 
 @given(st.none() | st.text(), st.dictionaries(st.sampled_from(["license", "license_name"]), st.text()),
@@ -89,6 +95,29 @@ def test_the_python_code_of_a_card_makes_the_same_checkpoint(tmp_path, config):
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "rf8" / "config.json").read_bytes()
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("rf8", "again"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_python_code_of_a_calibrated_checkpoint_runs_with_texts(tmp_path):
+    """The checkpoint has only their hash, with which nothing could be made."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    config = GGConfig(calibration=Calibration(TEXTS, tokens=20, sequences=3, damping=0.3))
+    quantize_(model, config, tokenizer=tokenizer()).save_pretrained(tmp_path / "rf8")
+    card = write_card(collect(tmp_path / "rf8", Marker("user/base")), "x")
+    code = card.split("this makes such a one:\n\n```python\n")[1].split("model = ")[0]
+    names = {"TEXTS": TEXTS}
+    exec(compile(code, "card", "exec"), names)
+    assert names["config"].calibration == config.calibration and "`TEXTS` are the texts" in card
+
+
+def test_a_title_ends_no_string(tmp_path):
+    folder = tmp_path / "rf8"
+    quantize_(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                           num_attention_heads=4))).save_pretrained(folder)  # fmt: skip
+    code = write_card(collect(folder), 'a"b\\c`|d').split("```python\n")[1].split("```")[0]
+    call = ast.parse(code).body[1].value
+    assert call.args[0].value == "a\"b\\c'/d"
 
 
 def test_commands_say_nothing_of_the_machine_they_ran_on(tmp_path):

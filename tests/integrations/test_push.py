@@ -182,6 +182,92 @@ def test_a_card_of_ours_is_replaced_unless_it_was_edited(hub, api, folder):
         publish(folder, "tiny", facts_of(folder), api=api)
 
 
+@pytest.mark.parametrize("when", ["POST /user/tiny.git", "lost"])
+def test_a_card_written_while_files_are_uploaded_is_not_lost(hub, api, folder, monkeypatch, when):
+    """On the site, after the card was looked at; and between two tries of a commit whose connection broke."""
+    publish(folder, "tiny", facts_of(folder), api=api)
+    other = make(folder.parent / "other", seed=1)
+    trouble, changed = hub.trouble, []
+
+    def written(method, path):
+        wanted = "POST /api/models/user/tiny/commit/" if when == "lost" else when
+        if not changed and f"{method} {path}".startswith(wanted):
+            hub.files["user/tiny"]["README.md"] = HAND.encode()
+            changed.append(path)
+            return "cut" if when == "lost" else None
+        return trouble(method, path)
+
+    monkeypatch.setattr(hub, "trouble", written)
+    with pytest.raises((OSError, ValueError), match="somebody else has changed it meanwhile: push again|by hand, and"):
+        publish(other, "tiny", facts_of(other), api=api, wait=0.01)
+    assert changed and hub.files["user/tiny"]["README.md"] == HAND.encode() and len(hub.commits) == 1
+
+
+def test_metadata_that_the_hub_does_not_take_is_refused_before_files_are_sent(hub, api, folder):
+    hub.bad_words = ["my-own"]
+    with pytest.raises(ValueError, match=r'does not take the card.s metadata \("my-own" must be one of.*--license'):
+        publish(folder, "tiny", facts_of(folder, license="my-own"), api=api)
+    assert not hub.commits and not hub.blobs and not hub.files
+
+
+def test_what_an_earlier_push_said_of_itself_goes_and_what_others_said_stays(hub, api, folder, tmp_path):
+    publish(folder, "tiny", facts_of(folder, base="user/base", license="mit"), api=api)
+    files = hub.files["user/tiny"]
+    tagged = ModelCard(files["README.md"].decode())
+    tagged.data.tags.append("mine")
+    files["README.md"] = str(tagged).encode()
+    other = make(tmp_path / "other", GGConfig("rf8x"))
+    (other / "README.md").write_text("---\ntags:\n- local\nlanguage: en\n---\n")
+    publish(other, "tiny", facts_of(other), api=api)
+    data = ModelCard(files["README.md"].decode()).data
+    assert set(data.tags) == {"hf_gg", "rf8x", "mine", "local"} and data.language == "en"
+    assert data.base_model is None and data.license is None and "base_model_relation" not in data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "front", ["a: [", "- a", "1: x", "tags: [[a]]", "tags: 5", "ignore_metadata_errors: 1", "&a *b"]
+)
+def test_a_card_whose_metadata_cannot_be_read_stays(hub, api, folder, front):
+    hub.files["user/tiny"] = {"README.md": f"---\n{front}\n---\n".encode()}
+    with pytest.raises(ValueError, match="by hand, and would be lost"):
+        publish(folder, "tiny", facts_of(folder), api=api)
+    assert not hub.blobs
+    publish(folder, "tiny", facts_of(folder), overwrite_card=True, api=api)
+    assert "hf_gg" in ModelCard(hub.files["user/tiny"]["README.md"].decode()).data.tags
+
+
+def test_a_card_that_is_no_utf8_is_one_of_somebody(hub, api, folder):
+    hub.files["user/tiny"] = {"README.md": "caf\xe9".encode("latin-1")}
+    with pytest.raises(ValueError, match="by hand, and would be lost"):
+        publish(folder, "tiny", facts_of(folder), api=api)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/api/repos/create", 403, "the token may not write there"),
+        ("POST", "/api/models/user/tiny/commit/", 409, "somebody else has changed it meanwhile"),
+        ("POST", "/api/models/user/tiny/commit/", 400, "would again: change what it names"),
+        ("GET", "/api/whoami-v2", 429, "try again later"),
+        ("POST", "/api/models/user/tiny/preupload/", 404, "would again|branch that is there"),
+        ("POST", "/api/validate-yaml", 500, "try again later"),
+    ],
+)
+def test_each_answer_has_its_remedy(hub, api, folder, method, path, status, words):
+    hub.troubles = [(method, path, status)] * 9
+    with pytest.raises(OSError, match=words) as caught:
+        publish(folder, "tiny", facts_of(folder), api=api, wait=0.01)
+    assert "\n" not in str(caught.value) and not hub.commits
+
+
+def test_a_pull_request_against_a_branch_that_is_not_there(hub, api, folder):
+    publish(folder, "tiny", facts_of(folder), api=api)
+    other = make(folder.parent / "other", seed=1)
+    with pytest.raises(OSError, match="give another --revision"):
+        publish(other, "tiny", facts_of(other), api=api, revision="no-such", create_pr=True)
+    assert len(hub.commits) == 1
+
+
 def test_entropy_coded_checkpoints(hub, api, tmp_path):
     folder = make(tmp_path / "coded", GGConfig("rf8x", coding="rans"))
     publish(folder, "coded", facts_of(folder), api=api)

@@ -8,9 +8,12 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCardData
+
 
 _LINE = re.compile(r"<!-- hf-gg card (\{.*\}) -->\s*\n")
-_FRONT = re.compile(r"\A\ufeff?\s*---\s*\n.*?\n---\s*\n", re.DOTALL)
+_FRONT = re.compile(r"\A\ufeff?\s*---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 # Transformers' own card: nobody has written it either.
 _GENERATED = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been"
@@ -46,8 +49,26 @@ def read_marker(card: str) -> Marker | None:
     return found[0] if found else None
 
 
+def read_metadata(card: str) -> dict[str, Any] | None:
+    """The metadata at the top of a card; None if it is no table of keys that the hub's client can read."""
+    found = _FRONT.match(_newlines(card))
+    if found is None:
+        return {}
+    try:
+        values = ModelCardData(ignore_metadata_errors=True, **(yaml.safe_load(found[1]) or {})).to_dict()
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    tags = values.get("tags") or []
+    return values if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags) else None
+
+
 def may_replace(card: str) -> bool:
-    """Whether nobody's writing is lost with a card: ours, if nobody has edited it, or Transformers' empty one."""
+    """Whether nobody's writing is lost with a card: ours, if nobody has edited it, or Transformers' empty one.
+
+    Metadata is kept by who replaces it; a card whose metadata cannot be read is not replaced.
+    """
+    if read_metadata(card) is None:
+        return False
     found = _split(card)
     if found is not None:
         _, digest, text = found
@@ -57,7 +78,7 @@ def may_replace(card: str) -> bool:
 
 
 def _generated() -> str:
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     card = ModelCard.from_template(
         ModelCardData(),

@@ -31,7 +31,7 @@ def card_of_model(model: nn.Module, folder: str | os.PathLike[str], repository: 
         if existing is not None and not may_replace(existing):
             logger.warning(f"{repository} has a card that was written by hand: it stays as it is.")
             return
-        card = write_card(collect(Path(folder), _remembered(model)), repository, existing)
+        card = write_card(collect(Path(folder), _remembered(model)), repository, [existing] if existing else [])
     except (ValueError, OSError) as error:  # a model is worth more than its card
         logger.warning(f"No card was written for {repository}: {error}")
         return

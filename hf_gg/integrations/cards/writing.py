@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from ... import __version__
+from ...formats import FORMATS
 from .facts import Facts
-from .marker import sign
+from .marker import read_marker, read_metadata, sign
 
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 _NOT_SHOWN = ("quant_method", "format_version")
+_CODED = "entropy-coded"
 
 
-def write_card(facts: Facts, title: str, existing: str | None = None) -> str:
+def write_card(facts: Facts, title: str, existing: Sequence[str] = ()) -> str:
     """The card of a checkpoint: metadata, comment, text.
 
     Args:
         facts: of `collect`.
         title: the model's name.
-        existing: the card that this one replaces; of its metadata stays what ours does not say.
+        existing: cards that this one replaces; of their metadata stays what ours does not say. Where they differ, the
+            last one's.
     """
     marker = replace(facts.marker, commands=list(map(_command, facts.marker.commands)))
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -40,12 +45,28 @@ def write_card(facts: Facts, title: str, existing: str | None = None) -> str:
         versions=_versions(facts),
     )
     values: dict[str, Any] = {}
-    if existing is not None:
-        values = ModelCard(existing, ignore_metadata_errors=True).data.to_dict()
-    tags = list(dict.fromkeys([*(values.get("tags") or []), *_tags(facts)]))
-    values = {**values, **_metadata(facts), "tags": tags}
+    tags: list[str] = []
+    for card in existing:
+        kept = _kept(card)
+        tags += kept.pop("tags", None) or []
+        values |= kept
+    values = {**values, **_metadata(facts), "tags": list(dict.fromkeys([*tags, *_tags(facts)]))}
     data = ModelCardData(ignore_metadata_errors=True, **values)
     return f"---\n{data.to_yaml()}\n---\n{sign(text, marker)}"
+
+
+def _kept(card: str) -> dict[str, Any]:
+    """The metadata of a card but for what we had written there, which may no longer be so."""
+    values, marker = read_metadata(card) or {}, read_marker(card)
+    if marker is None:
+        return values
+    for key, value in {"base_model": marker.base, **marker.license}.items():
+        if value is not None and values.get(key) == value:
+            del values[key]
+            if key == "base_model":
+                values.pop("base_model_relation", None)
+    values["tags"] = [tag for tag in values.get("tags") or [] if tag not in (*FORMATS, _CODED)]
+    return values
 
 
 def _metadata(facts: Facts) -> dict[str, Any]:
@@ -59,7 +80,7 @@ def _metadata(facts: Facts) -> dict[str, Any]:
 
 def _tags(facts: Facts) -> list[str]:
     coded = facts.quantization.get("coding", "none") != "none"
-    return ["hf_gg", *([_format(facts)] if _format(facts) != "none" else []), *(["entropy-coded"] if coded else [])]
+    return ["hf_gg", *([_format(facts)] if _format(facts) != "none" else []), *([_CODED] if coded else [])]
 
 
 def _architecture(facts: Facts) -> str:
@@ -104,7 +125,8 @@ def _use(facts: Facts, title: str) -> str:
     heads = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification")
     head = next((head for head in heads if architecture.endswith(head)), "")
     name = f"AutoModel{head}" if head or architecture.endswith("Model") else architecture
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{_line(title)}")'
+    repository = json.dumps(_line(title), ensure_ascii=False)
+    return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({repository})"
 
 
 def _made(facts: Facts) -> str:
@@ -116,14 +138,17 @@ def _made(facts: Facts) -> str:
         made = "By `hf-gg compress … --lossless-grid …`; the whole command was not recorded."
     else:
         base = facts.marker.base or "BASE"
+        names = "Calibration, GGConfig" if facts.quantization.get("calibration") else "GGConfig"
         made = (
             "The command was not recorded. By the settings that the checkpoint holds, this makes such a one:\n\n"
             "```python\n"
-            f"from transformers import {_architecture(facts)}\nfrom hf_gg import GGConfig\n\n"
+            f"from transformers import {_architecture(facts)}\nfrom hf_gg import {names}\n\n"
             f"config = {_config_call(facts.quantization)}\n"
             f'model = {_architecture(facts)}.from_pretrained("{base}", quantization_config=config)\n'
             'model.save_pretrained("OUT")\n```'
         )
+        if facts.quantization.get("calibration"):
+            made += "\n\n`TEXTS` are the texts that it was calibrated on, of which the checkpoint holds only a hash."
     left = facts.quantization.get("modules_to_not_convert") or []
     if left and isinstance(left, list):
         made += (
@@ -139,11 +164,15 @@ def _config_call(quantization: dict[str, Any]) -> str:
     defaults = {name: parameter.default for name, parameter in inspect.signature(GGConfig).parameters.items()}
     # the format's default is "whatever the checkpoint says"
     given = {
-        name: value
+        name: repr(value)
         for name, value in quantization.items()
         if name not in _NOT_SHOWN and name in defaults and value not in (defaults[name], "none", None)
     }
-    return f"GGConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    record = quantization.get("calibration")
+    if isinstance(record, dict):  # of the texts a checkpoint only has the hash
+        numbers = ", ".join(f"{name}={record.get(name)!r}" for name in ("tokens", "sequences", "damping"))
+        given["calibration"] = f"Calibration(TEXTS, {numbers})"
+    return f"GGConfig({', '.join(f'{name}={value}' for name, value in given.items())})"
 
 
 def _size(facts: Facts) -> str:

@@ -32,6 +32,8 @@ class BitsPerWeight(evaluate.Measurement):
     def _compute(self, data):
         sizes = [stored_size(name) for name in data]
         weights, stored = sum(size.weights for size in sizes), sum(size.bytes for size in sizes)
+        if not weights:
+            raise ValueError(f"There are no weights in {', '.join(data) or 'what is given: name a checkpoint'}.")
         codes, coded = sum(size.quantized_weights for size in sizes), sum(size.quantized_bytes for size in sizes)
         model = 8 * stored / weights
         return {"bits_per_weight": 8 * coded / codes if codes else model, "model_bits_per_weight": model}

@@ -31,4 +31,6 @@ class FlipRate(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
+        if not len(predictions):
+            raise ValueError("There are no predictions to compare.")
         return {"flip_rate": float((numpy.asarray(predictions) != numpy.asarray(references)).mean())}

@@ -31,6 +31,8 @@ class KLToReference(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
+        if not len(predictions):
+            raise ValueError("There are no predictions to compare.")
         if len({len(row) for row in [*predictions, *references]}) != 1:
             raise ValueError("All rows must have the same length: one logit for each class.")
         logits, reference = torch.tensor(predictions).double(), torch.tensor(references).double()
