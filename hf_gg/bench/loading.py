@@ -1,8 +1,9 @@
 """What loading a checkpoint costs: seconds, and memory at the peak, each kind of load in processes of its own.
 
 Kinds of load: a plain one (which maps the file), a plain one whose weights are then read once (`touched`: what the
-first forward pass pays), quantizing while loading, and a load of the quantized checkpoint. Memory is what the process
-owns (anonymous), sampled every millisecond; mapped files do not count.
+first forward pass pays), quantizing while loading, a load of the quantized checkpoint, and other packages' ways, by
+Transformers' own configs, which quantize while loading. Memory is what the process owns (anonymous), sampled every
+millisecond; mapped files do not count.
 """
 
 from __future__ import annotations
@@ -13,30 +14,55 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .timing import median_ratio
 
 
-MODES = ("plain", "plain, touched", "quantize", "quantize, absmax", "rf8")
+SAVED = ("rf8", "rf8x", "grid")
+OURS = ("plain", "plain, touched", "quantize", "quantize, absmax", *SAVED)
+PEERS: dict[str, Callable[[], Any]] = {
+    "bitsandbytes int8": lambda: _config("BitsAndBytesConfig", load_in_8bit=True),
+    "bitsandbytes nf4": lambda: _config("BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "torchao int8": lambda: _config("TorchAoConfig", _torchao().Int8WeightOnlyConfig()),
+    "torchao float8": lambda: _config("TorchAoConfig", _torchao().Float8WeightOnlyConfig()),
+    "quanto qint8": lambda: _config("QuantoConfig", weights="int8"),
+    "quanto qfloat8": lambda: _config("QuantoConfig", weights="float8"),
+    "HQQ 8": lambda: _config("HqqConfig", nbits=8, group_size=64),
+}
+MODES = (*OURS, *PEERS)
 
 
 def measure(folder: Path, rounds: int, modes: tuple[str, ...] = MODES) -> list[dict]:
-    """A row a kind of load of the checkpoints that `save` left in a folder, in turns; the first does not count."""
+    """A row a kind of load of the checkpoints that `save` left in a folder, in turns; the first does not count.
+
+    Raises:
+        RuntimeError: one of ours fails. A peer that fails is a row with its `reason`.
+    """
     results: dict[str, list[dict]] = {mode: [] for mode in modes}
+    reasons: dict[str, str] = {}
     for turn in range(rounds + 1):
-        for mode in modes:
+        for mode in results:
+            if mode in reasons:
+                continue
             command = [sys.executable, "-m", "hf_gg.bench.loading", mode, str(folder)]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
+            if done.returncode and mode in PEERS:
+                reasons[mode] = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
+            elif done.returncode:
                 raise RuntimeError(f"the load {mode!r} failed: {' '.join(done.stderr.split())[-500:]}")
-            if turn:  # the first fills the page cache and compiles the kernels
+            elif turn:  # the first fills the page cache and compiles the kernels
                 results[mode].append(json.loads(done.stdout.splitlines()[-1]))
     seconds = {mode: [r["seconds"] for r in found] for mode, found in results.items()}
     rows = []
     for mode, found in results.items():
+        if mode in reasons:
+            rows.append({"load": mode, "reason": reasons[mode]})
+            continue
         mib = {
             key: statistics.median(r[key] for r in found) / 2**20 for key in ("peak", "after", "footprint", "largest")
         }
@@ -55,14 +81,29 @@ def measure(folder: Path, rounds: int, modes: tuple[str, ...] = MODES) -> list[d
 
 
 def save(plain, folder: Path) -> None:
-    """Save a model as it is in `plain`, and in RF8 in `rf8`."""
+    """Save a model as it is in `plain`, and in each format of `SAVED` in a folder of that name."""
     from transformers import AutoModelForCausalLM
 
     from ..integrations.config import GGConfig
 
     plain.save_pretrained(folder / "plain")
-    quantized = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=GGConfig())
-    quantized.save_pretrained(folder / "rf8")
+    for name in SAVED:
+        config = GGConfig(weight_format=name)
+        AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config).save_pretrained(
+            folder / name
+        )
+
+
+def _config(name: str, *arguments, **options):
+    import transformers
+
+    return getattr(transformers, name)(*arguments, **options)
+
+
+def _torchao():
+    import torchao.quantization
+
+    return torchao.quantization
 
 
 def load(mode: str, folder: Path) -> dict:
@@ -74,12 +115,14 @@ def load(mode: str, folder: Path) -> dict:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = folder / ("rf8" if mode == "rf8" else "plain")
+    path = folder / (mode if mode in SAVED else "plain")
 
     def run():
         options = {}
         if mode.startswith("quantize"):
             options["quantization_config"] = GGConfig(scale="absmax" if "absmax" in mode else "row")
+        if mode in PEERS:
+            options |= {"quantization_config": PEERS[mode](), "device_map": "cpu"}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
         if mode == "plain, touched":
             for parameter in model.parameters():

@@ -176,12 +176,13 @@ def _distance(name: str, model, reference, ids: torch.Tensor, most: float) -> fl
     return worst
 
 
-def with_loads(plain, rounds: int) -> list[dict]:
-    """Rows of `loading.measure` for a model, through a temporary folder."""
+def with_loads(plain, rounds: int, names: list[str]) -> list[dict]:
+    """Rows of `loading.measure` for a model and contenders' names, through a temporary folder."""
     import tempfile
 
     from . import loading
 
     with tempfile.TemporaryDirectory() as folder:
         loading.save(plain, Path(folder))
-        return loading.measure(Path(folder), rounds)
+        modes = [mode for mode in loading.MODES if mode in names or mode not in (*loading.SAVED, *loading.PEERS)]
+        return loading.measure(Path(folder), rounds, tuple(modes))

@@ -109,9 +109,10 @@ def run(args: argparse.Namespace) -> int | None:
             result["model"] = rows
             _write(args.csv, "_model", rows, about, say)
         if "load" in parts:
-            rows = models.with_loads(plain, args.turns)
+            rows = models.with_loads(plain, args.turns, args.contenders)
             for row in rows:
-                say(f"{row['load']:>18} {row['seconds']:8.3f} s  {row['peak_mib']:6d} MiB at the peak")
+                timed = "reason" not in row and f"{row['seconds']:8.3f} s  {row['peak_mib']:6d} MiB at the peak"
+                say(f"{row['load']:>18} {timed or 'not timed: ' + row['reason']}")
             result["load"] = rows
             _write(args.csv, "_load", rows, about, say)
     if args.json:

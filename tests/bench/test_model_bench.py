@@ -1,6 +1,7 @@
 """Tokens a second of a tiny model, with its logits checked first, and its loads."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_peers_in_a_whole_model(tiny, monkeypatch):
 @pytest.mark.slow
 def test_loads(tiny, tmp_path):
     loading.save(tiny, tmp_path)
-    rows = loading.measure(tmp_path, 1)
-    assert [row["load"] for row in rows] == list(loading.MODES)
+    rows = loading.measure(tmp_path, 1, loading.OURS)
+    assert [row["load"] for row in rows] == list(loading.OURS)
     assert all(row["seconds"] > 0 and row["peak_mib"] >= 0 for row in rows) and rows[0]["ratio_to_plain"] == 1.0
+
+
+@pytest.mark.slow
+def test_loads_of_other_packages(tiny, tmp_path):
+    loading.save(tiny, tmp_path)
+    rows = {row["load"]: row for row in loading.measure(tmp_path, 1, ("plain", *loading.PEERS))}
+    assert len(rows) == 1 + len(loading.PEERS)
+    for name in loading.PEERS:
+        assert rows[name].get("reason") or rows[name]["seconds"] > 0
+
+
+def test_a_peer_that_does_not_load_is_listed(monkeypatch, tmp_path):
+    def run(command, **options):
+        failed = command[3] == "HQQ 8"
+        found = '{"seconds": 1.0, "peak": 1, "after": 1, "footprint": 1, "largest": 1}'
+        return SimpleNamespace(
+            returncode=failed, stdout="" if failed else found, stderr="Traceback\nImportError: no hqq"
+        )
+
+    monkeypatch.setattr(loading.subprocess, "run", run)
+    rows = loading.measure(tmp_path, 2, ("plain", "HQQ 8", "rf8"))
+    assert [row["load"] for row in rows] == ["plain", "HQQ 8", "rf8"]
+    assert rows[1] == {"load": "HQQ 8", "reason": "ImportError: no hqq"} and rows[2]["ratio_to_plain"] == 1.0
