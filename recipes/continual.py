@@ -288,6 +288,8 @@ def plot(rows: list[dict], tasks: list[str], file: Path) -> None:
             found = [float(row[key]) for row in rows if row["method"] == method and row[key]]
             axes.plot(found, [place] * len(found), "o")
         axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(-0.5, len(methods) - 0.5)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(key.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     right.axvline(0, color="gray", linestyle=":")
