@@ -118,7 +118,7 @@ def load(mode: str, folder: Path) -> dict:
     path = folder / (mode if mode in SAVED else "plain")
 
     def run():
-        options = {}
+        options: dict[str, Any] = {}
         if mode.startswith("quantize"):
             options["quantization_config"] = GGConfig(scale="absmax" if "absmax" in mode else "row")
         if mode in PEERS:
