@@ -266,7 +266,7 @@ def test_a_plot_of_what_takes_for_ever(tmp_path):
 
 def linear_rows_of_a_slow_layer() -> list[dict]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "in_turns", lambda functions, turns, warmup: dict.fromkeys(functions, [60.0] * turns))
+        patch.setattr(linear, "in_turns", lambda functions, turns, *rest: dict.fromkeys(functions, [60.0] * turns))
         return list(linear.measure(["small"], [1], ["rf8"], CPU, 3, 1.0, 1e9, lambda text: None))
 
 
