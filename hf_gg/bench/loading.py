@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from .contenders import OURS
 from .timing import median_ratio
 
 
-SAVED = ("rf8", "rf8x", "grid")
-OURS = ("plain", "plain, touched", "quantize", "quantize, absmax", *SAVED)
+FROM_PLAIN = ("plain", "plain, touched", "quantize", "quantize, absmax")
 PEERS: dict[str, Callable[[], Any]] = {
     "bitsandbytes int8": lambda: _config("BitsAndBytesConfig", load_in_8bit=True),
     "bitsandbytes nf4": lambda: _config("BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -34,7 +34,7 @@ PEERS: dict[str, Callable[[], Any]] = {
     "quanto qfloat8": lambda: _config("QuantoConfig", weights="float8"),
     "HQQ 8": lambda: _config("HqqConfig", nbits=8, group_size=64),
 }
-MODES = (*OURS, *PEERS)
+MODES = (*FROM_PLAIN, *OURS, *PEERS)
 
 
 def measure(folder: Path, rounds: int, modes: tuple[str, ...] = MODES) -> list[dict]:
@@ -81,17 +81,16 @@ def measure(folder: Path, rounds: int, modes: tuple[str, ...] = MODES) -> list[d
 
 
 def save(plain, folder: Path) -> None:
-    """Save a model as it is in `plain`, and in each format of `SAVED` in a folder of that name."""
+    """Save a model as it is in `plain`, and in each format of `OURS` in a folder of that name."""
     from transformers import AutoModelForCausalLM
 
     from ..integrations.config import GGConfig
 
     plain.save_pretrained(folder / "plain")
-    for name in SAVED:
+    for name in OURS:
         config = GGConfig(weight_format=name)
-        AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config).save_pretrained(
-            folder / name
-        )
+        quantized = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config)
+        quantized.save_pretrained(folder / name)
 
 
 def _config(name: str, *arguments, **options):
@@ -115,7 +114,7 @@ def load(mode: str, folder: Path) -> dict:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = folder / (mode if mode in SAVED else "plain")
+    path = folder / (mode if mode in OURS else "plain")
 
     def run():
         options: dict[str, Any] = {}

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from .contenders import CannotRun, WrongResult
+from .contenders import OURS, CannotRun, WrongResult
 from .peers import with_peer
 from .timing import in_turns, median_ratio, waiting
 
 
 # Options of GGConfig by the name in the table.
 CONFIGS: dict[str, dict] = {
-    **{name: {"weight_format": name} for name in ("rf8", "rf8x", "grid")},
+    **{name: {"weight_format": name} for name in OURS},
     "rf8, embeddings": {"quantize_embeddings": True, "quantize_lm_head": True},
 }
 # Largest error of the logits against the same weights in float32, in units of the error of the plain model.
@@ -28,7 +28,7 @@ MOST_PEER_ERROR = 0.6
 
 
 def find(name: str | None) -> None:
-    """Raise if `open_model` would not find the model: an `OSError`, or as `data.smollm2_gguf`."""
+    """Raise if `open_model` would not find the model: as `folders.find`, `AutoConfig`, or `data.smollm2_gguf`."""
     if name is None:
         from ..data import smollm2_gguf
 
@@ -36,7 +36,9 @@ def find(name: str | None) -> None:
         return
     from transformers import AutoConfig
 
-    AutoConfig.from_pretrained(name)
+    from ..integrations import folders
+
+    AutoConfig.from_pretrained(folders.find(name))
 
 
 def open_model(name: str | None, device: torch.device):
@@ -184,5 +186,5 @@ def with_loads(plain, rounds: int, names: list[str]) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         loading.save(plain, Path(folder))
-        modes = [mode for mode in loading.MODES if mode in names or mode not in (*loading.SAVED, *loading.PEERS)]
+        modes = [mode for mode in loading.MODES if mode in names or mode in loading.FROM_PLAIN]
         return loading.measure(Path(folder), rounds, tuple(modes))

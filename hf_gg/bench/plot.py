@@ -41,11 +41,11 @@ def draw(rows: list[dict], copy_rate: float, peak_rate: float, path: Path, title
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     timed = [row for row in rows if "ms" in row]
-    for name in dict.fromkeys(row["contender"] for row in timed):
+    for place, name in enumerate(dict.fromkeys(row["contender"] for row in timed)):
         own = [row for row in timed if row["contender"] == name]
         flops = [row["gflop_s"] for row in own]
         intensity = [row["gflop_s"] / row["gb_s"] for row in own]
-        axes.scatter(intensity, flops, s=18, label=name)
+        axes.scatter(intensity, flops, s=18, label=name, marker="ox^s"[place // 10 % 4])  # there are ten colours
     low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], 2 * peak_rate / copy_rate)
     low = max(low, 0.5)
     corner = peak_rate / copy_rate
