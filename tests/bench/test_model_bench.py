@@ -55,7 +55,7 @@ def test_peers_in_a_whole_model(tiny, monkeypatch):
 
     def slow(layer):
         def run(x):
-            time.sleep(0.03)
+            time.sleep(0.1)
             return x @ layer.weight.T
 
         return contenders.Made(run, None, 1)
@@ -64,7 +64,7 @@ def test_peers_in_a_whole_model(tiny, monkeypatch):
         monkeypatch.setitem(contenders.CONTENDERS, name, make)
     tiny.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(64).bfloat16())
     peers = ("float32", "torch int8pack", "breaks", "twice", "slow")
-    rows = list(models.measure(tiny, CPU, ("rf8",), 24, 4, 2, lambda text: None, peers, most_seconds=0.3))
+    rows = list(models.measure(tiny, CPU, ("rf8",), 24, 4, 2, lambda text: None, peers, most_seconds=1.2))
     found = {(row["what"], row["model"]): row for row in rows}
     assert len(found) == len(rows) == 2 * 7
     sizes = {name: found["decode", name]["mib"] for name in ("bfloat16", "rf8", "float32", "torch int8pack")}
